@@ -1,0 +1,3 @@
+"""Distributed training of Equilibrium Matching models."""
+
+__version__ = "0.1.0"

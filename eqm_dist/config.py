@@ -1,0 +1,443 @@
+"""Every option of every command, as frozen models that refuse what they do not know.
+
+``Config`` is the whole of a training run; its sections are its table of contents. A value comes from, in rising
+order, the defaults below, a preset, a YAML file and the command line (``eqm_dist.cli``). Nothing here imports torch,
+so that ``--help`` answers at once; nothing outside ``eqm_dist.build`` and ``eqm_dist.launch`` reads it.
+"""
+
+import difflib
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from eqm_dist.errors import ConfigError
+
+Positive = Annotated[float, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, complete, unknown keys refused, finite numbers only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+T = TypeVar("T", bound=Section)
+
+
+class RunConfig(Section):
+    """Which run this is. The same name in the same root is the same run: starting it again resumes it."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "digits"
+    """Name of the run; also the name of its directory."""
+    root: str | None = None
+    """Directory that holds all runs; default: runs/ here, or ~/eqm-dist-runs inside a submitted Ray job."""
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    """Seed of everything random: order, noise, gamma, label dropout, initial weights."""
+
+
+class DataConfig(Section):
+    """The latent shards that training reads."""
+
+    shards: str | None = None
+    """Directory with manifest.json; default: the embedded digits, written at first use."""
+    latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 8, 8)
+    """Channels, height and width of a latent; checked against the shards."""
+    num_classes: PositiveInt = 10
+    """Number of classes; checked against the shards."""
+    window_shards: PositiveInt = 8
+    """Samples are shuffled within windows of this many shards."""
+    flip: bool = False
+    """Draw the mirrored image half of the time; the shards must hold it."""
+    verify_checksums: bool = True
+    """Compare each shard with the manifest's sha256 when it is first read."""
+
+
+class ModelConfig(Section):
+    """The SiT backbone: a named size, or width, depth and heads of your own."""
+
+    size: Literal["S", "B", "L", "XL"] | None = None
+    """Official size; leave out hidden_size, depth and num_heads then."""
+    patch_size: PositiveInt = 2
+    """Side of a patch in latent pixels."""
+    hidden_size: PositiveInt | None = None
+    """Width of the tokens."""
+    depth: PositiveInt | None = None
+    """Number of blocks."""
+    num_heads: PositiveInt | None = None
+    """Attention heads."""
+    learn_sigma: bool = False
+    """Keep the unused second half of the output channels that official checkpoints have."""
+    zero_init: bool = True
+    """Start with a zero output layer; the l2 energy cannot (its gradient would stay zero)."""
+
+    @model_validator(mode="after")
+    def _one_way_to_size(self) -> Self:
+        free = {"hidden_size": self.hidden_size, "depth": self.depth, "num_heads": self.num_heads}
+        given = [name for name, value in free.items() if value is not None]
+        if self.size is not None and given:
+            raise ValueError(f"size {self.size} already fixes {', '.join(given)}; give size=null or leave them out")
+        if self.size is None and len(given) < 3:
+            missing = [name for name in free if name not in given]
+            raise ValueError(f"without a size, {', '.join(missing)} must be given; or choose size S, B, L or XL")
+        return self
+
+
+class DecayConfig(Section):
+    """c(gamma), the factor that lets the target field vanish at the data (paper Eqs. 4-6)."""
+
+    family: Literal["constant", "linear", "truncated", "piecewise"] = "truncated"
+    """Shape of c(gamma)."""
+    gradient_scale: Positive = 4.0
+    """lambda, the factor in front."""
+    decay_start: Fraction | None = None
+    """a, where the decay to zero begins; default 0.8; truncated and piecewise only."""
+    decay_value: Annotated[float, Field(ge=0)] | None = None
+    """b, the value at gamma = 0; default 1.4; piecewise only."""
+
+    @model_validator(mode="after")
+    def _only_what_the_family_has(self) -> Self:
+        if self.decay_start is not None and self.family not in ("truncated", "piecewise"):
+            raise ValueError(f"decay_start has no effect on the {self.family} family; leave it out")
+        if self.decay_value is not None and self.family != "piecewise":
+            raise ValueError(f"decay_value has no effect on the {self.family} family; leave it out")
+        return self
+
+
+class ObjectiveConfig(Section):
+    """What the network learns."""
+
+    kind: Literal["eqm", "flow_matching", "time_free_flow_matching"] = "eqm"
+    """Equilibrium Matching, or one of its two baselines."""
+    decay: DecayConfig = DecayConfig()
+    """c(gamma) of Equilibrium Matching."""
+    energy: Literal["none", "dot", "l2"] = "none"
+    """Explicit energy whose gradient is the field (EqM-E)."""
+    label_dropout: Fraction = 0.1
+    """Probability of replacing a label by the null label, for classifier-free guidance."""
+
+    @model_validator(mode="after")
+    def _decay_is_for_eqm(self) -> Self:
+        if self.kind != "eqm" and self.decay != DecayConfig():
+            raise ValueError(f"decay has no effect with kind={self.kind}; leave it out or use kind=eqm")
+        if self.kind != "eqm" and self.energy != "none":
+            raise ValueError(f"energy={self.energy} needs kind=eqm, not {self.kind}; use energy=none")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW that carries the exponential moving averages, and its learning-rate schedule."""
+
+    learning_rate: Positive = 1e-4
+    """Peak learning rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    gradient_clip: Positive | None = None
+    """Largest norm of the whole gradient; null for no clipping."""
+    warmup_steps: Count = 0
+    """Steps of linear warm-up from zero."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Learning rate after the warm-up: kept, or decayed to zero at the last step."""
+    ema_decays: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.9999,)
+    """Decays of the averaged weights; the first is evaluated and exported."""
+
+    @model_validator(mode="after")
+    def _distinct_averages(self) -> Self:
+        if len(set(self.ema_decays)) < len(self.ema_decays):
+            raise ValueError(f"ema_decays must differ from each other, got {list(self.ema_decays)}; drop the repeats")
+        return self
+
+
+class TrainConfig(Section):
+    """How long and in which batches."""
+
+    steps: PositiveInt = 2000
+    """Number of updates."""
+    global_batch: PositiveInt = 128
+    """Samples per update over all workers; any number, divisible by the workers or not."""
+    micro_batch: PositiveInt | None = None
+    """Most samples of one forward pass per worker; more are accumulated. Default: no accumulation."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Arithmetic of the forward and backward pass; weights and averages stay fp32."""
+    log_every: PositiveInt = 50
+    """Steps between two lines of progress."""
+
+    @model_validator(mode="after")
+    def _micro_fits(self) -> Self:
+        if self.micro_batch is not None and self.micro_batch > self.global_batch:
+            raise ValueError(
+                f"micro_batch={self.micro_batch} must be at most global_batch={self.global_batch}; lower it or drop it"
+            )
+        return self
+
+
+class EngineConfig(Section):
+    """Who runs the updates."""
+
+    kind: Literal["deepspeed", "torch"] | None = None
+    """DeepSpeed with ZeRO, or its plain-torch twin (everything on every worker); default torch if launched locally."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
+    """ZeRO stage of DeepSpeed; default 2."""
+
+    @model_validator(mode="after")
+    def _stage_is_deepspeed(self) -> Self:
+        if self.kind == "torch" and self.zero_stage is not None:
+            raise ValueError(f"zero_stage={self.zero_stage} has no effect on the torch engine; use kind=deepspeed")
+        return self
+
+
+class LaunchConfig(Section):
+    """Where the run runs. Nothing here changes a number."""
+
+    launcher: Literal["ray", "local"] = "ray"
+    """Ray Train on a cluster (or on this machine), or this process alone with the torch engine."""
+    workers: PositiveInt | None = None
+    """Number of workers; default: one per GPU, without GPUs one per core, at most 4."""
+    cpus_per_worker: PositiveInt | None = None
+    """CPUs of each worker; default: the machine's, shared evenly."""
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """Worker failures after which the run gives up; -1 never."""
+
+    @model_validator(mode="after")
+    def _local_is_one(self) -> Self:
+        for name in ("workers", "cpus_per_worker"):
+            if self.launcher == "local" and getattr(self, name) is not None:
+                raise ValueError(f"{name} has no effect with launcher=local, which is one process; use launcher=ray")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When the run is saved."""
+
+    every: PositiveInt = 500
+    """Steps between two checkpoints; the last step is always saved."""
+    keep: PositiveInt = 3
+    """Number of newest checkpoints to keep."""
+
+
+class SamplerConfig(Section):
+    """How samples are drawn: descent from noise along the field (paper Eqs. 8 and 9)."""
+
+    name: Literal["gd", "nag"] = "gd"
+    """Gradient descent, or its Nesterov form with look-ahead."""
+    step_size: Positive = 0.003
+    """eta, the step size."""
+    momentum: Fraction | None = None
+    """mu, the look-ahead; default 0.3; nag only."""
+    evaluations: PositiveInt = 249
+    """Field evaluations per sample (the official "250 steps" are 249)."""
+    cfg_scale: Annotated[float, Field(ge=0)] = 1.0
+    """Classifier-free guidance; 1 is none."""
+    guided_channels: PositiveInt | None = None
+    """Guide the first channels only; default all (the official figures use 3 of 4)."""
+
+    @model_validator(mode="after")
+    def _only_what_takes_effect(self) -> Self:
+        if self.momentum is not None and self.name != "nag":
+            raise ValueError(f"momentum has no effect on {self.name}; use name=nag or leave it out")
+        if self.guided_channels is not None and self.cfg_scale == 1:
+            raise ValueError("guided_channels has no effect with cfg_scale=1; leave it out or raise cfg_scale")
+        return self
+
+
+class EvaluationConfig(Section):
+    """What is measured and drawn while the run goes on."""
+
+    every: Count = 1000
+    """Steps between two evaluations; the last step is always evaluated. 0: never evaluate."""
+    samples: PositiveInt = 1797
+    """Images generated for the FID, balanced over the classes."""
+    batch: PositiveInt = 256
+    """Images generated at once per worker."""
+    grid_columns: PositiveInt = 10
+    """Images per class in the picture of samples."""
+    extractor: Literal["digits"] = "digits"
+    """Network whose features the FID compares: the packaged digit classifier."""
+    sampler: SamplerConfig = SamplerConfig()
+    """How the images are drawn."""
+
+
+class TrackConfig(Section):
+    """Where the record goes, besides metrics.jsonl in the run directory."""
+
+    mlflow: bool = True
+    """Record the run in MLflow."""
+    mlflow_uri: str | None = None
+    """Tracking server or store; default: an SQLite file in the root of the runs."""
+    experiment: str | None = None
+    """MLflow experiment; default eqm-dist."""
+    timeout_s: Positive | None = None
+    """Longest wait for the tracking server; default 20."""
+
+    @model_validator(mode="after")
+    def _needs_mlflow(self) -> Self:
+        for name in ("mlflow_uri", "experiment", "timeout_s"):
+            if not self.mlflow and getattr(self, name) is not None:
+                raise ValueError(f"{name} has no effect with mlflow=false; leave it out or use mlflow=true")
+        return self
+
+
+class Config(Section):
+    """One training run."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    engine: EngineConfig = EngineConfig()
+    launch: LaunchConfig = LaunchConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    track: TrackConfig = TrackConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        _, height, width = self.data.latent_shape
+        if height != width or height % self.model.patch_size:
+            raise ValueError(
+                f"latents must be square with a side that is a multiple of model.patch_size={self.model.patch_size},"
+                f" got data.latent_shape={list(self.data.latent_shape)}; choose another patch_size"
+            )
+        if self.objective.energy == "l2" and self.model.zero_init:
+            raise ValueError(
+                "objective.energy=l2 cannot start from a zero output layer, whose gradient stays zero;"
+                " set model.zero_init=false"
+            )
+        if self.launch.launcher == "local" and self.engine.kind == "deepspeed":
+            raise ValueError("launch.launcher=local is one plain process; leave out engine.kind=deepspeed or use ray")
+        if self.launch.launcher == "local" and self.engine.zero_stage is not None:
+            raise ValueError("engine.zero_stage has no effect with launch.launcher=local; leave it out or use ray")
+        return self
+
+
+# What may differ when a run is started again: where and how it runs, how it is watched, how long it goes on.
+# Everything else decides the numbers and stays as it was.
+RESUMABLE_KEYS = ("run.root", "data.shards", "data.verify_checksums", "train.log_every", "train.micro_batch",
+                  "train.steps", "engine.", "launch.", "checkpoint.", "evaluation.", "track.")  # fmt: skip
+
+
+def dump(config: Section) -> dict[str, Any]:
+    """The config as plain lists, dicts and scalars: what goes into YAML, JSON and to the workers."""
+    return config.model_dump(mode="json")
+
+
+def to_yaml(config: Section) -> str:
+    """The config as YAML that ``--config`` reads back to an equal config."""
+    return yaml.safe_dump(dump(config), sort_keys=False, width=120)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one level of dotted keys: ``{"a": {"b": 1}}`` becomes ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def options(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key that a config has, with its pydantic field, in the order of this file."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from options(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def parse(section: type[T], values: Mapping[str, Any], source: str = "the config") -> T:
+    """Validate nested ``values``.
+
+    Raises:
+        ConfigError: one sentence for the first wrong value: the rule, what was received, the remedy.
+    """
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_sentence(section, error, source)) from None
+
+
+def with_overrides(config: T, overrides: Mapping[str, Any], source: str = "the overrides") -> T:
+    """A copy of ``config`` with dotted keys set, validated as a whole.
+
+    The one way to change a config, for flags, files, presets, sweeps and tests alike.
+
+    Raises:
+        ConfigError: an unknown key, or a value that the rules refuse.
+    """
+    values = dump(config)
+    for key, value in overrides.items():
+        *parents, name = key.split(".")
+        node = values
+        for parent in parents:
+            if not isinstance(node.get(parent), dict):
+                raise ConfigError(_unknown(type(config), key, source))
+            node = node[parent]
+        node[name] = value
+    return parse(type(config), values, source)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The dotted keys that a YAML file sets.
+
+    Raises:
+        ConfigError: no such file, no YAML, or not a mapping.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+    except OSError as error:
+        raise ConfigError(f"--config must name a readable YAML file, got {path} ({error.strerror}).") from None
+    except yaml.YAMLError as error:
+        line = " ".join(str(error).split())
+        raise ConfigError(f"--config must name a YAML file, and {path} is not valid YAML: {line}.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config must name a YAML file of sections, and {path} holds {type(values).__name__}.")
+    return flatten(values)
+
+
+def _sentence(section: type[Section], error: ValidationError, source: str) -> str:
+    first, *rest = error.errors(include_url=False)
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        sentence = _unknown(section, key, source)
+    elif first["type"] == "missing":
+        sentence = f"{key} must be given ({source})."
+    else:
+        rule = first["msg"].removeprefix("Value error, ").removeprefix("Input ").rstrip(".")
+        received = "" if first["type"] == "value_error" else f", got {first['input']!r}"
+        sentence = f"{key or source}: {rule}{received} ({source})." if key else f"{rule} ({source})."
+    return sentence + (f" ({len(rest)} more of the kind.)" if rest else "")
+
+
+def _unknown(section: type[Section], key: str, source: str) -> str:
+    known = [name for name, _ in options(section)]
+    close = difflib.get_close_matches(key, known, n=1)
+    remedy = f"did you mean {close[0]}?" if close else "see --help for all keys."
+    return f"{key} is not an option ({source}); {remedy}"
+
+
+def annotation_name(annotation: Any) -> str:
+    """Short name of a field's type for ``--help``: ``INT``, ``FLOAT``, ``{a,b}``, ``[INT,INT]``."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return "{" + ",".join(str(value) for value in arguments) + "}"
+    if origin is Annotated:
+        return annotation_name(arguments[0])
+    if origin is tuple:
+        return "[" + ",".join("..." if part is Ellipsis else annotation_name(part) for part in arguments) + "]"
+    if arguments:  # a union with None
+        return "|".join(annotation_name(part) for part in arguments if part is not type(None))
+    return annotation.__name__.upper()

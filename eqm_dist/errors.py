@@ -1,0 +1,46 @@
+"""Every error that a user can meet.
+
+One sentence each: the rule, the value received, the remedy. Entry points print the sentence without a
+traceback and leave with ``exit_code``. Errors cross process borders (a Ray worker raises, the driver prints),
+so each is made of its message alone and pickles as it is.
+"""
+
+
+class EqmDistError(Exception):
+    """Base of all errors with a sentence for the user."""
+
+    exit_code = 1
+
+
+class UserError(EqmDistError):
+    """The user's input is wrong: exit code 2."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """An option is unknown, has the wrong type, or contradicts another."""
+
+
+class DataError(UserError):
+    """A data set is missing, damaged, or not what the run expects."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be read, or belongs to another run."""
+
+
+class NonFiniteLossError(EqmDistError):
+    """The loss became NaN or infinite; nothing after the last good checkpoint is kept."""
+
+
+class StorageError(EqmDistError):
+    """The machine could not read or write: a full disk, a lost mount, missing permissions."""
+
+
+class TrackingError(EqmDistError):
+    """The tracking server does not answer."""
+
+
+class LaunchError(EqmDistError):
+    """The cluster could not start or finish the run."""

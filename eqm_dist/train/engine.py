@@ -1,0 +1,125 @@
+"""Who runs the updates: the interface of an engine, and the plain-torch one.
+
+An engine owns the model, the gradients and the optimizer. The loop gives it a loss that is already a share of the
+mean over the global batch, so that an engine only ever sums over ranks (docs/decisions/0003).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from eqm_dist.train.distributed import all_reduce_sum
+from eqm_dist.train.optimizer import EmaAdamW
+
+Precision = Literal["fp32", "tf32", "bf16"]
+WEIGHT = "weight"
+"""Name of a parameter's fp32 value among its states."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous piece of one state of one parameter, as this rank holds it.
+
+    Attributes:
+        name: the parameter's name in the model.
+        state: ``weight``, ``exp_avg``, ``exp_avg_sq`` or ``ema_DECAY``.
+        start: offset of the piece in the flattened parameter, in elements.
+        values: the piece itself, flat; a view, so writing to it changes the engine's state.
+    """
+
+    name: str
+    state: str
+    start: int
+    values: Tensor
+
+
+class Engine(Protocol):
+    """What the loop, the checkpoints and the evaluation need of an engine."""
+
+    device: torch.device
+    replicated: bool
+    """Whether every rank holds everything (then rank 0 alone saves) or its own fragments only."""
+
+    @property
+    def forward(self) -> Callable[..., Tensor]:
+        """The model in training form: ``forward(x_gamma, labels[, gamma])``."""
+        ...
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of this rank's share of the loss; ``last`` marks the last micro-batch of the step."""
+        ...
+
+    def step(self, learning_rate: float) -> Tensor:
+        """Update weights and averages; returns the norm of the whole gradient before clipping."""
+        ...
+
+    def fragments(self) -> list[Fragment]:
+        """All that this rank holds of weights and optimizer states."""
+        ...
+
+    def restored(self, step: int) -> None:
+        """Called after the fragments were overwritten by a checkpoint of ``step`` updates."""
+        ...
+
+
+class TorchEngine:
+    """Weights and states on every rank, gradients summed over ranks: the twin that DeepSpeed is checked against."""
+
+    replicated = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: EmaAdamW,
+        *,
+        device: torch.device,
+        precision: Precision = "fp32",
+        gradient_clip: float | None = None,
+    ) -> None:
+        self.device = device
+        self._model = model
+        self._optimizer = optimizer
+        self._clip = float("inf") if gradient_clip is None else gradient_clip
+        self._bf16 = precision == "bf16"
+        self._parameters = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+        optimizer.initialize_state(param for _, param in self._parameters)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The model, under bf16 autocast if so configured."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
+            return self._model(*inputs)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate locally; after the last micro-batch, sum over ranks."""
+        loss.backward()
+        if last:
+            for _, param in self._parameters:
+                if param.grad is None:
+                    param.grad = torch.zeros_like(param)
+                all_reduce_sum(param.grad)
+
+    def step(self, learning_rate: float) -> Tensor:
+        """Clip, update, forget the gradients."""
+        norm = nn.utils.clip_grad_norm_([param for _, param in self._parameters], self._clip)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm
+
+    def fragments(self) -> list[Fragment]:
+        """Every state of every trained parameter, whole."""
+        pieces = []
+        for name, param in self._parameters:
+            pieces.append(Fragment(name, WEIGHT, 0, param.detach().view(-1)))
+            states = self._optimizer.state[param]
+            pieces += [Fragment(name, key, 0, states[key].view(-1)) for key in self._optimizer.state_keys]
+        return pieces
+
+    def restored(self, step: int) -> None:
+        """Set the step count of the bias correction."""
+        for _, param in self._parameters:
+            self._optimizer.state[param]["step"].fill_(step)

@@ -1,0 +1,68 @@
+"""Sums kept on the device between two lines of progress, so that a step never waits for the host."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eqm_dist.train.distributed import all_reduce_sum
+
+_NEVER = 2.0**53
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What happened since the last report, over all ranks."""
+
+    loss: float
+    grad_norm: float
+    step_s: float
+    data_wait_s: float
+    first_bad_step: int | None
+    """The first step whose loss was NaN or infinite, if any."""
+
+
+class Meters:
+    """Accumulates one interval; ``report`` reduces over ranks, returns the means and starts the next."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._reset()
+
+    def _reset(self) -> None:
+        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._grad_norm = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._bad_step = torch.full((), _NEVER, dtype=torch.float64, device=self._device)
+        self._steps = 0
+        self._data_wait_s = 0.0
+        self._started = time.perf_counter()
+
+    def add(self, step: int, loss: Tensor, grad_norm: Tensor, data_wait_s: float) -> None:
+        """Count step ``step`` with this rank's share of its loss and the norm of the whole gradient."""
+        self._loss += loss.detach()
+        self._grad_norm += grad_norm.detach()
+        finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        self._bad_step = torch.where(finite, self._bad_step, self._bad_step.clamp(max=step))
+        self._steps += 1
+        self._data_wait_s += data_wait_s
+
+    def restart_clock(self) -> None:
+        """Leave out of the step time what came before: an evaluation, a save."""
+        self._started = time.perf_counter()
+
+    def report(self) -> Interval:
+        """Means over the interval; a collective, so every rank calls it at the same steps."""
+        # One reduction for both: a rank that saw no bad step adds zero bad ranks.
+        bad = self._bad_step < _NEVER
+        sums = all_reduce_sum(torch.stack([self._loss, bad.double(), torch.where(bad, self._bad_step, 0.0)]))
+        loss, bad_ranks, bad_steps = sums.tolist()
+        interval = Interval(
+            loss=loss / self._steps,
+            grad_norm=self._grad_norm.item() / self._steps,
+            step_s=(time.perf_counter() - self._started) / self._steps,
+            data_wait_s=self._data_wait_s / self._steps,
+            first_bad_step=round(bad_steps / bad_ranks) if bad_ranks else None,
+        )
+        self._reset()
+        return interval

@@ -1,0 +1,57 @@
+"""From a batch of moments to the loss of each sample: the random part of training, keyed by position.
+
+Everything drawn here is a function of (seed, stream, position of the sample in the run), so it is the same number
+whoever computes it (docs/decisions/0003).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eqm_dist import rng
+from eqm_dist.data.loader import Batch
+from eqm_dist.models.autoencoder import moments_to_latents
+
+SampleLoss = Callable[..., Tensor]
+"""``(model, latents, labels, *, gamma, noise) -> loss [B]``"""
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """Turns a batch into per-sample losses.
+
+    Attributes:
+        loss: the objective, per sample.
+        seed: seed of all streams.
+        latent_scale, latent_shift: latents = (posterior sample - shift) * scale.
+        label_dropout: probability of the null label.
+        null_label: the label of "no class", equal to the number of classes.
+        flip: draw the mirrored moments half of the time.
+    """
+
+    loss: SampleLoss
+    seed: int
+    latent_scale: float
+    latent_shift: float
+    label_dropout: float
+    null_label: int
+    flip: bool
+
+    def __call__(self, model: Callable[..., Tensor], batch: Batch) -> Tensor:
+        """Loss of each sample [B]; ``batch.moments`` is [B, V, 2C, H, W] with V = 1, or 2 with the mirror second."""
+        positions = batch.positions
+        moments = batch.moments[:, 0]
+        if self.flip:
+            mirrored = rng.uniform(self.seed, rng.Stream.FLIP, positions) < 0.5
+            moments = torch.where(mirrored[:, None, None, None], batch.moments[:, 1], moments)
+        channels, height, width = moments.shape[1] // 2, *moments.shape[2:]
+        shape = (channels, height, width)
+        posterior_noise = rng.normal(self.seed, rng.Stream.POSTERIOR, positions, shape)
+        latents = moments_to_latents(moments, posterior_noise, self.latent_scale, self.latent_shift)
+        gamma = rng.uniform(self.seed, rng.Stream.GAMMA, positions)
+        noise = rng.normal(self.seed, rng.Stream.NOISE, positions, shape)
+        dropped = rng.uniform(self.seed, rng.Stream.LABEL_DROPOUT, positions) < self.label_dropout
+        labels = torch.where(dropped, self.null_label, batch.labels)
+        return self.loss(model, latents, labels, gamma=gamma, noise=noise)
