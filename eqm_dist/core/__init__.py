@@ -1,0 +1,1 @@
+"""The numerics of Equilibrium Matching: pure functions of tensors, without I/O, configuration or global state."""
