@@ -40,6 +40,12 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed of everything random: order, noise, gamma, label dropout, initial weights."""
 
+    @model_validator(mode="after")
+    def _name_is_free(self) -> Self:
+        if self.name in ("data", "mlflow-artifacts"):
+            raise ValueError(f"name {self.name} is taken by a directory that all runs share; choose another")
+        return self
+
 
 class DataConfig(Section):
     """The latent shards that training reads."""
@@ -313,6 +319,11 @@ class Config(Section):
             raise ValueError(
                 "objective.energy=l2 cannot start from a zero output layer, whose gradient stays zero;"
                 " set model.zero_init=false"
+            )
+        if self.objective.kind == "flow_matching" and self.evaluation.every:
+            raise ValueError(
+                "evaluation descends a field that is blind to time, which objective.kind=flow_matching is not;"
+                " set evaluation.every=0"
             )
         if self.launch.launcher == "local" and self.engine.kind == "deepspeed":
             raise ValueError("launch.launcher=local is one plain process; leave out engine.kind=deepspeed or use ray")

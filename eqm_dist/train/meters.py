@@ -10,6 +10,24 @@ from eqm_dist.train.distributed import all_reduce_sum
 
 _NEVER = 2.0**53
 
+_DENSE_PEAK_FLOPS = {
+    # Dense matrix products per second of one device (vendors' data sheets; the sparse figures are twice these).
+    ("H100", "bf16"): 989.5e12, ("H100", "tf32"): 494.7e12,
+    ("H200", "bf16"): 989.5e12, ("H200", "tf32"): 494.7e12,
+    ("A100", "bf16"): 312e12, ("A100", "tf32"): 156e12,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device, precision: str, world_size: int) -> float | None:
+    """What all devices together could do at best, in FLOP/s; None for a device that is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next(
+        (world_size * peak for (model, kind), peak in _DENSE_PEAK_FLOPS.items() if model in name and kind == precision),
+        None,
+    )
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -53,16 +71,13 @@ class Meters:
 
     def report(self) -> Interval:
         """Means over the interval; a collective, so every rank calls it at the same steps."""
-        # One reduction for both: a rank that saw no bad step adds zero bad ranks.
-        bad = self._bad_step < _NEVER
-        sums = all_reduce_sum(torch.stack([self._loss, bad.double(), torch.where(bad, self._bad_step, 0.0)]))
-        loss, bad_ranks, bad_steps = sums.tolist()
+        bad_step = self._bad_step.item()  # the gradient norm is global, so every rank sees the same first bad step
         interval = Interval(
-            loss=loss / self._steps,
+            loss=all_reduce_sum(self._loss).item() / self._steps,
             grad_norm=self._grad_norm.item() / self._steps,
             step_s=(time.perf_counter() - self._started) / self._steps,
             data_wait_s=self._data_wait_s / self._steps,
-            first_bad_step=round(bad_steps / bad_ranks) if bad_ranks else None,
+            first_bad_step=int(bad_step) if bad_step < _NEVER else None,
         )
         self._reset()
         return interval

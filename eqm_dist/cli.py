@@ -1,0 +1,82 @@
+"""What all commands share: flags from the config's own keys, errors as one sentence, true exit codes.
+
+Every key of ``eqm_dist.config`` is a flag of the same name, so a flag, a line of a file and an axis of a sweep are
+spelled alike. Values go through ``with_overrides`` like everything else (docs/decisions/0005).
+"""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import yaml
+
+from eqm_dist.config import Config, annotation_name, options, read_yaml, with_overrides
+from eqm_dist.errors import ConfigError, EqmDistError
+from eqm_dist.presets import PRESETS
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message[0].upper()}{message[1:]}; see --help.")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser that knows every key of the config; a command adds its own flags to it."""
+    command = _Parser(
+        description=description,
+        epilog="Precedence: defaults < --preset < --config < flags. Running the same command again resumes the run.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument("--preset", choices=list(PRESETS), help="start from a named run (default: digits)")
+    command.add_argument("--config", metavar="FILE", help="YAML file; runs/NAME/config.yaml starts that run again")
+    command.add_argument("--launcher", metavar="{ray,local}", dest="launch.launcher", help="short for --launch.launcher")
+    groups: dict[str, Any] = {}
+    for key, field in options(Config):
+        section = key.split(".")[0]
+        if section not in groups:
+            groups[section] = command.add_argument_group(section, Config.model_fields[section].annotation.__doc__)
+        default = f" (default: {field.get_default()})" if not field.is_required() and field.default is not None else ""
+        groups[section].add_argument(
+            f"--{key}", metavar=annotation_name(field.annotation), help=f"{field.description}{default}".replace("%", "%%")
+        )
+    return command
+
+
+def config_from(arguments: argparse.Namespace) -> Config:
+    """The config that the preset, the file and the flags describe together.
+
+    Raises:
+        ConfigError: an unknown key or a wrong value, in the file or in a flag.
+    """
+    config = PRESETS[arguments.preset or "digits"]()
+    if arguments.config:
+        config = with_overrides(config, read_yaml(arguments.config), arguments.config)
+    keys = [key for key, _ in options(Config)]
+    flags = {key: _value(text) for key in keys if (text := getattr(arguments, key, None)) is not None}
+    return with_overrides(config, flags, "command line")
+
+
+def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Run a command and leave: 0 done, 2 the user's input is wrong, 1 anything else, 130 interrupted."""
+    try:
+        main(sys.argv[1:])
+    except EqmDistError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to resume.", file=sys.stderr)
+        sys.exit(130)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _value(text: str) -> Any:
+    """A flag's text as a value: lists and null as in YAML, everything else as text that the config converts."""
+    if text == "null":
+        return None
+    return yaml.safe_load(text) if text.startswith("[") else text

@@ -1,0 +1,63 @@
+"""Which Ray cluster a command uses, and what it offers."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+
+from eqm_dist.errors import LaunchError
+
+_MOST_CPU_WORKERS = 4  # beyond that, exchanging gradients on a CPU costs more than it saves
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one worker gets, and how many there are."""
+
+    workers: int
+    cpus_per_worker: int
+    use_gpu: bool
+
+
+@contextmanager
+def cluster() -> Iterator[None]:
+    """Join the cluster that RAY_ADDRESS names, or one that runs here; otherwise start a local one and end it after.
+
+    Raises:
+        LaunchError: RAY_ADDRESS names a cluster that does not answer.
+    """
+    try:
+        # The driver shows rank 0's own log; Ray's copies of it would only repeat the lines.
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, include_dashboard=None)
+    except (ConnectionError, RuntimeError) as error:
+        address = os.environ.get("RAY_ADDRESS", "none set")
+        raise LaunchError(
+            f"RAY_ADDRESS must name a Ray cluster that answers, got {address} ({str(error).splitlines()[0]});"
+            " start it with `ray start --head`, or unset RAY_ADDRESS to use this machine."
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def offer(workers: int | None, cpus_per_worker: int | None) -> Offer:
+    """Divide what the cluster has: one worker per GPU; without GPUs one per core, at most four, sharing all cores."""
+    resources = ray.cluster_resources()
+    gpus, cpus = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 1)))
+    workers = workers or gpus or min(cpus, _MOST_CPU_WORKERS)
+    use_gpu = gpus > 0
+    cpus_per_worker = cpus_per_worker or max(1, cpus // workers)
+    if use_gpu and workers > gpus:
+        raise LaunchError(
+            f"launch.workers={workers} must be at most the {gpus} GPUs of the cluster; lower it or add nodes."
+        )
+    if workers * cpus_per_worker > cpus:
+        raise LaunchError(
+            f"launch.workers={workers} with {cpus_per_worker} CPUs each must fit the {cpus} CPUs of the cluster;"
+            " lower launch.workers or launch.cpus_per_worker, or add nodes."
+        )
+    return Offer(workers, cpus_per_worker, use_gpu)

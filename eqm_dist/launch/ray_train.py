@@ -1,0 +1,136 @@
+"""The run on Ray Train: placement, recovery, and nothing that changes a number.
+
+Ray's run directory is ours. Checkpoints are written there in place and only reported to Ray, which keeps the list and
+removes old ones (docs/decisions/0006).
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray.train
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointUploadMode,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    UserCallback,
+)
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from eqm_dist.build import OpenRun, build_run, plan_batch
+from eqm_dist.config import Config, dump, parse
+from eqm_dist.errors import EqmDistError, LaunchError
+from eqm_dist.launch.ray_cluster import offer
+from eqm_dist.launch.worker import run_to_end
+from eqm_dist.logs import FileFollower, log_file, setup_logging
+from eqm_dist.track.mlflow import MlflowRun
+from eqm_dist.train.distributed import rank
+
+_COLLECTIVE_TIMEOUT_S = 1800
+
+
+def train(opened: OpenRun) -> None:
+    """Train to the last step on the cluster that this process has joined.
+
+    Raises:
+        EqmDistError: what a worker raised, as it raised it.
+        LaunchError: Ray gave up.
+    """
+    launch = opened.config.launch
+    offered = offer(launch.workers, launch.cpus_per_worker)
+    plan_batch(opened.config, offered.workers)
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=_pack(opened),
+        torch_config=TorchConfig(backend="nccl" if offered.use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
+        scaling_config=ScalingConfig(
+            num_workers=offered.workers,
+            use_gpu=offered.use_gpu,
+            resources_per_worker={"CPU": offered.cpus_per_worker, "GPU": int(offered.use_gpu)},
+        ),
+        run_config=RunConfig(
+            name=opened.config.run.name,
+            storage_path=str(opened.directory.parent),
+            failure_config=FailureConfig(max_failures=launch.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=opened.config.checkpoint.keep),
+            callbacks=[_Failures(log_file(opened.directory, 0))],
+        ),
+    )
+    with FileFollower(log_file(opened.directory, 0)):
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _cause(error) or LaunchError(
+                f"Ray gave up on the run {opened.config.run.name}: {str(error).strip().splitlines()[-1]} The logs of the"
+                f" workers are in {opened.directory / 'logs'}; run the same command again to resume."
+            ) from error
+
+
+def _worker(packed: dict[str, Any]) -> None:
+    """The training function of every worker; Ray calls it anew after each failure."""
+    opened = _unpack(packed)
+    setup_logging(log_file(opened.directory, rank()), console=False)
+    run = build_run(opened, get_device(), _report)
+    registered = ray.train.get_checkpoint()
+    if run.state.step and (registered is None or Path(registered.path).name != run.checkpoints.path(run.state.step).name):
+        # Whole, but the worker died before Ray heard of it.
+        _report(run.checkpoints.path(run.state.step), run.state.step)
+    run_to_end(opened, run)
+
+
+def _report(path: Path, step: int) -> None:
+    """Enter a checkpoint that lies in the run directory already into Ray's list. A barrier."""
+    ray.train.report(
+        {"step": step},
+        checkpoint=Checkpoint.from_directory(str(path)),
+        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+    )
+
+
+class _Failures(UserCallback):
+    """Shows failures in the log; ends the run where trying again cannot help.
+
+    Ray restarts workers after any exception. An exception raised here, in its controller, ends the run instead.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+        """Called in Ray's controller when workers have failed."""
+        causes = {at: _unwrap(error) for at, error in sorted(worker_exceptions.items())}
+        for cause in causes.values():
+            if isinstance(cause, EqmDistError):
+                raise cause
+        setup_logging(self._file, console=False)
+        for at, cause in causes.items():
+            reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+            logging.getLogger(__name__).warning("worker %d failed (%s); restarting from the last checkpoint", at, reason)
+
+
+def _cause(error: Exception) -> EqmDistError | None:
+    """The error with a sentence for the user inside Ray's, if there is one."""
+    inside = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
+    return next((cause for cause in map(_unwrap, inside) if isinstance(cause, EqmDistError)), None)
+
+
+def _unwrap(error: BaseException | None) -> BaseException | None:
+    return getattr(error, "_base_exc", error)
+
+
+def _pack(opened: OpenRun) -> dict[str, Any]:
+    return {
+        "config": dump(opened.config),
+        "directory": str(opened.directory),
+        "mlflow": asdict(opened.mlflow) if opened.mlflow else None,
+    }
+
+
+def _unpack(packed: Mapping[str, Any]) -> OpenRun:
+    mlflow = MlflowRun(**packed["mlflow"]) if packed["mlflow"] else None
+    return OpenRun(parse(Config, packed["config"]), Path(packed["directory"]), mlflow)

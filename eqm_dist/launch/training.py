@@ -1,0 +1,88 @@
+"""A training run from its config to its last line: what ``pipelines/train.py`` calls."""
+
+from pathlib import Path
+from typing import Any
+
+from eqm_dist.build import METRICS_FILE, OpenRun, derived_numbers, open_run, step_size_warning
+from eqm_dist.config import Config, to_yaml
+from eqm_dist.launch import local
+from eqm_dist.logs import setup_logging
+from eqm_dist.track.mlflow import close_run, default_uri
+from eqm_dist.track.result import read_result
+
+
+def describe(config: Config) -> str:
+    """The resolved config as YAML, then the numbers that follow from it."""
+    numbers = derived_numbers(config)
+    width = max(map(len, numbers))
+    lines = [f"{label:<{width}}  {figure}" for label, figure in numbers.items()]
+    return "\n".join([to_yaml(config), *lines])
+
+
+def train(config: Config) -> str:
+    """Run to the last step, or go on with a run that was begun; returns the closing report.
+
+    Raises:
+        EqmDistError: one sentence for the user.
+    """
+    setup_logging()
+    if warning := step_size_warning(config):
+        print(f"warning: {warning}")
+    opened = open_run(config)
+    result = read_result(opened.directory)
+    if result is None or result["step"] < config.train.steps:
+        _run(opened)
+        result = read_result(opened.directory)
+        assert result is not None
+    return _closing_report(opened, result)
+
+
+def _run(opened: OpenRun) -> None:
+    status = "FAILED"
+    try:
+        if opened.config.launch.launcher == "local":
+            local.train(opened)
+        else:
+            from eqm_dist.launch import ray_cluster, ray_train  # a local run works without Ray
+
+            with ray_cluster.cluster():
+                ray_train.train(opened)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        if opened.mlflow is not None:
+            close_run(opened.mlflow, status)
+
+
+def _closing_report(opened: OpenRun, result: dict[str, Any]) -> str:
+    metrics, directory = result["metrics"], opened.directory
+    lines = {
+        "steps": f"{result['step']:,} ({result['images_seen']:,} images)",
+        "final loss": f"{metrics['train/loss']:.4f}",
+        "speed": f"{metrics['throughput/images_per_s']:,.0f} images/s on {result['workers']} workers",
+    }
+    if "eval/fid" in metrics:
+        fid, yardstick = metrics["eval/fid"], metrics["eval/fid_yardstick"]
+        lines["FID"] = (
+            f"{fid:.3f} with {metrics['eval/samples']:,.0f} samples, {fid / yardstick:.2f} times the yardstick of"
+            f" {yardstick:.3f} (two halves of the real data)"
+        )
+    samples = sorted(directory.glob("samples/*.png"))
+    if samples:
+        lines["samples"] = str(samples[-1])
+    lines |= {"checkpoints": str(directory / "checkpoints"), "metrics": str(directory / METRICS_FILE)}
+    lines["run directory"] = str(directory)
+    if opened.mlflow is not None:
+        lines["MLflow"] = _ui_command(opened.mlflow.tracking_uri, directory.parent)
+    width = max(map(len, lines))
+    return "\n".join(["", f"run {result['run']} is complete", *(f"  {key:<{width}}  {text}" for key, text in lines.items())])
+
+
+def _ui_command(tracking_uri: str, root: Path) -> str:
+    if tracking_uri.startswith("http"):
+        return tracking_uri
+    if tracking_uri == default_uri(Path.cwd() / "runs"):
+        return "make ui"
+    return f"mlflow ui --backend-store-uri {tracking_uri}"

@@ -1,0 +1,44 @@
+"""What every worker does with its part of a run, whoever started it."""
+
+import logging
+import time
+
+import torch
+
+from eqm_dist.build import METRICS_FILE, OpenRun
+from eqm_dist.config import dump
+from eqm_dist.track.jsonl import last_values
+from eqm_dist.track.result import write_result
+from eqm_dist.train.distributed import rank, world_size
+from eqm_dist.train.loop import Run, train
+
+logger = logging.getLogger(__name__)
+
+
+def run_to_end(opened: OpenRun, run: Run) -> None:
+    """Train to the last step; rank 0 then writes ``result.json``. A collective."""
+    if rank() == 0:
+        device = torch.cuda.get_device_name(run.engine.device) if run.engine.device.type == "cuda" else "CPU"
+        where = f"{world_size()} worker{'s' * (world_size() > 1)} on {device}"
+        begin = f"resuming at step {run.state.step:,}" if run.state.step else "starting"
+        logger.info("%s run %s: %s of %s steps, %s", begin, opened.config.run.name,
+                    f"{run.steps - run.state.step:,}", f"{run.steps:,}", where)  # fmt: skip
+    started = time.perf_counter()
+    try:
+        train(run)
+    finally:
+        if run.tracker is not None:
+            run.tracker.finish()
+    if rank() == 0:
+        write_result(
+            opened.directory,
+            {
+                "run": opened.config.run.name,
+                "step": run.state.step,
+                "images_seen": run.state.images_seen(run.global_batch),
+                "metrics": last_values(opened.directory / METRICS_FILE),
+                "workers": world_size(),
+                "last_attempt_s": time.perf_counter() - started,
+                "config": dump(opened.config),
+            },
+        )

@@ -1,0 +1,68 @@
+"""Logging as entry points set it up; a library never configures logging, it only logs.
+
+One line is ``HH:MM:SS message``: on the console of a local run, and in ``logs/rank-NNNN.log`` of every worker. The
+driver of a cluster run shows rank 0's file as it grows.
+"""
+
+import logging
+import sys
+import threading
+from pathlib import Path
+
+_FORMAT = logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S")
+
+
+def log_file(run_directory: Path, rank: int) -> Path:
+    """Where the worker of this rank writes its lines."""
+    return run_directory / "logs" / f"rank-{rank:04d}.log"
+
+
+def setup_logging(file: Path | None = None, console: bool = True) -> None:
+    """Send the package's messages to the console, to a file, or both; replaces an earlier setup."""
+    root = logging.getLogger("eqm_dist")
+    root.setLevel(logging.INFO)
+    root.propagate = False
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)] if console else []
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(file))
+    for handler in handlers:
+        handler.setFormatter(_FORMAT)
+    for old in root.handlers:
+        old.close()
+    root.handlers = handlers
+
+
+class FileFollower:
+    """Prints what is appended to a file from now on; a context manager, so that the last lines are never missed."""
+
+    def __init__(self, file: Path, poll_s: float = 0.3) -> None:
+        self._file = file
+        self._poll_s = poll_s
+        self._offset = file.stat().st_size if file.exists() else 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="log-follower", daemon=True)
+
+    def __enter__(self) -> "FileFollower":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._show()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(self._poll_s):
+            self._show()
+
+    def _show(self) -> None:
+        if not self._file.exists():
+            return
+        with self._file.open("rb") as file:
+            file.seek(self._offset)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]  # never half a line
+        self._offset += len(whole)
+        sys.stdout.write(whole.decode(errors="replace"))
+        sys.stdout.flush()

@@ -1,0 +1,49 @@
+"""``metrics.jsonl``: one line per step that was reported, readable without any server."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from eqm_dist.data.storage import atomic_write, storage_errors
+
+
+class JsonlTracker:
+    """Appends ``{"step": ..., name: value, ...}`` lines to a file.
+
+    Opened at a step, it first drops what an earlier attempt wrote after that step: those steps are done again.
+    """
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self._path = path
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
+        atomic_write(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line."""
+        with storage_errors("append to", self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def log_image(self, step: int, key: str, path: Path) -> None:
+        """Nothing: the picture lies on disk already."""
+
+    def finish(self) -> None:
+        """Nothing: every line is written when it is logged."""
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a metrics file; a line that a kill cut short is not one."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)
+
+
+def last_values(path: Path) -> dict[str, float]:
+    """The newest value of every metric."""
+    values: dict[str, float] = {}
+    for line in read_metrics(path):
+        values |= line
+    values.pop("step", None)
+    return values

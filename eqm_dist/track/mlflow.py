@@ -1,0 +1,185 @@
+"""MLflow as the record: one MLflow run per run, through every restart and resize.
+
+Only this file imports mlflow. The driver opens the run and keeps its id in the run directory; rank 0 logs to that id
+through a client. Ray's own helpers open a new run at each restart, so they are not used (docs/decisions).
+"""
+
+import json
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Iterator
+
+from eqm_dist.data.storage import atomic_write
+from eqm_dist.errors import TrackingError
+
+logger = logging.getLogger(__name__)
+
+ID_FILE = "mlflow.json"
+_PARAM_LIMIT = 500  # characters; the server's limit has changed between versions
+
+
+@dataclass(frozen=True)
+class MlflowRun:
+    """Where a run is recorded."""
+
+    tracking_uri: str
+    run_id: str
+    timeout_s: float
+
+
+def default_uri(root: Path) -> str:
+    """The SQLite store in the root of the runs, by absolute path."""
+    return f"sqlite:///{root / 'mlflow.db'}"
+
+
+def open_run(
+    run_directory: Path,
+    *,
+    name: str,
+    tracking_uri: str,
+    experiment: str,
+    params: Mapping[str, Any],
+    config_yaml: str,
+    timeout_s: float,
+) -> MlflowRun:
+    """Open the MLflow run of a run directory, or open it again; called by the driver before anything is computed.
+
+    Args:
+        run_directory: holds ``mlflow.json`` with the run id once it is known.
+        name: name of the run in the UI.
+        tracking_uri: a server, or an SQLite store.
+        experiment: created if need be.
+        params: flat; a param that changed since the start is recorded as a tag ``resumed.KEY``.
+        config_yaml: stored as the artifact ``config.yaml``.
+        timeout_s: longest wait for one answer of the server.
+
+    Raises:
+        TrackingError: the server does not answer, or no longer knows the run.
+    """
+    record = run_directory / ID_FILE
+    with _answers(tracking_uri, timeout_s) as client:
+        known = json.loads(record.read_bytes()) if record.exists() else {}
+        if known.get("tracking_uri") == tracking_uri:
+            run = MlflowRun(**{**known, "timeout_s": timeout_s})
+            client.update_run(run.run_id, status="RUNNING")
+        else:
+            experiment_id = _experiment_id(client, experiment, run_directory.parent, tracking_uri)
+            tags = {"mlflow.runName": name, "eqm_dist.run_directory": str(run_directory)}
+            created = client.create_run(experiment_id, tags=tags)
+            run = MlflowRun(tracking_uri, created.info.run_id, timeout_s)
+            atomic_write(record, json.dumps(asdict(run)).encode())
+            client.log_text(run.run_id, config_yaml, "config.yaml")
+        logged = client.get_run(run.run_id).data.params
+        for key, value in params.items():
+            text = str(value)[:_PARAM_LIMIT]
+            if key not in logged:
+                client.log_param(run.run_id, key, text)
+            elif logged[key] != text:
+                client.set_tag(run.run_id, f"resumed.{key}", text)
+    return run
+
+
+def close_run(run: MlflowRun, status: str) -> None:
+    """Set the final status: FINISHED, FAILED or KILLED. A dead server is reported, not raised: the work is done."""
+    try:
+        with _answers(run.tracking_uri, run.timeout_s) as client:
+            client.set_terminated(run.run_id, status)
+    except TrackingError as error:
+        logger.warning("warning: %s", error)
+
+
+class MlflowTracker:
+    """Logs metrics and pictures in the background; training never waits for the server.
+
+    While the server is away, what it missed is kept and sent again. A step that an earlier attempt has sent already
+    is not sent twice.
+    """
+
+    def __init__(self, run: MlflowRun) -> None:
+        self._run = run
+        self._last_sent: dict[str, int] = {}
+        self._jobs: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._send, name="mlflow-tracker", daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Queue metric values of a step."""
+        now = time.time_ns() // 1_000_000
+        self._jobs.put(lambda client: self._send_metrics(client, now, step, dict(metrics)))
+
+    def log_image(self, step: int, key: str, path: Path) -> None:
+        """Queue a picture; the UI shows pictures of one key as a series over steps."""
+        from PIL import Image
+
+        with Image.open(path) as image:
+            picture = image.convert("RGB")
+        self._jobs.put(lambda client: client.log_image(self._run.run_id, picture, key=key, step=step))
+
+    def finish(self) -> None:
+        """Send what is queued, waiting at most a minute for a server that is away."""
+        self._jobs.put(None)
+        self._thread.join(timeout=60)
+        if self._thread.is_alive():
+            logger.warning("warning: MLflow did not take the last metrics; metrics.jsonl has them all.")
+
+    def _send(self) -> None:
+        warned = False
+        while (job := self._jobs.get()) is not None:
+            while True:
+                try:
+                    with _answers(self._run.tracking_uri, self._run.timeout_s) as client:
+                        job(client)
+                    break
+                except TrackingError as error:
+                    if not warned:
+                        logger.warning("warning: %s Training goes on; what is missed is sent later.", error)
+                    warned = True
+                    time.sleep(2)
+
+    def _send_metrics(self, client: Any, timestamp_ms: int, step: int, metrics: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        new = []
+        for key, value in metrics.items():
+            if key not in self._last_sent:
+                history = client.get_metric_history(self._run.run_id, key)
+                self._last_sent[key] = max((point.step for point in history), default=-1)
+            if step > self._last_sent[key]:
+                new.append(Metric(key, value, timestamp_ms, step))
+        client.log_batch(self._run.run_id, metrics=new)
+        self._last_sent |= {metric.key: step for metric in new}
+
+
+def _experiment_id(client: Any, name: str, root: Path, tracking_uri: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return found.experiment_id
+    # A server knows where its artifacts go; a bare store would put them below the current directory.
+    location = None if tracking_uri.startswith("http") else (root / "mlflow-artifacts").as_uri()
+    return client.create_experiment(name, artifact_location=location)
+
+
+@contextmanager
+def _answers(tracking_uri: str, timeout_s: float) -> Iterator[Any]:
+    """A client of the store, with every failure as one sentence."""
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(max(1, round(timeout_s)))
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield MlflowClient(tracking_uri)
+    except (MlflowException, OSError) as error:
+        reason = str(error).splitlines()[0][:300]
+        raise TrackingError(
+            f"The MLflow store {tracking_uri} must answer, but it did not ({reason}); "
+            "start the server, correct --track.mlflow_uri, or use --track.mlflow false."
+        ) from error

@@ -1,0 +1,159 @@
+"""The DeepSpeed engine: ZeRO stages 0 to 3 behind the ``Engine`` interface.
+
+Only this file imports deepspeed. Its state is read and written through fragments, never through DeepSpeed's own
+checkpoints, which lose the averages or refuse another number of workers (docs/decisions/0004).
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eqm_dist.train.distributed import rank, world_size
+from eqm_dist.train.engine import WEIGHT, Fragment, Precision
+from eqm_dist.train.optimizer import EmaAdamW
+
+
+def deepspeed_config(
+    *,
+    zero_stage: int,
+    precision: Precision,
+    micro_batch: int,
+    grad_accum: int,
+    world_size: int,
+    gradient_clip: float | None,
+) -> dict[str, Any]:
+    """DeepSpeed's JSON, derived from ours; nobody writes these numbers twice.
+
+    The batch sizes are nominal: DeepSpeed wants them consistent but never sees a loader, and the engine scales
+    losses itself, so a batch need not divide by the workers.
+    """
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": grad_accum,
+        "train_batch_size": micro_batch * grad_accum * world_size,
+        "zero_optimization": {"stage": zero_stage},
+        "zero_allow_untested_optimizer": True,  # any subclass of AdamW is "untested"
+        # Stage 0 reports no norm unless it clips, so there the engine clips by itself.
+        "gradient_clipping": gradient_clip if gradient_clip is not None and zero_stage > 0 else 0.0,
+        "steps_per_print": None,
+    }
+    if zero_stage > 0:
+        # The defaults (5e8 elements) reserve 2 GB a buffer: more than a whole XL/2 needs.
+        config["zero_optimization"] |= {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
+    if precision == "bf16":
+        # Autocast inside DeepSpeed; no module is named, so that gradients are still summed in fp32.
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return config
+
+
+class DeepSpeedEngine:
+    """A model under ``deepspeed.initialize``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: EmaAdamW,
+        *,
+        device: torch.device,
+        zero_stage: int,
+        precision: Precision = "fp32",
+        gradient_clip: float | None = None,
+        micro_batch: int = 1,
+        grad_accum: int = 1,
+    ) -> None:
+        if device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        # The shared-memory op would be compiled at the first start, which fails on a machine without a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.device = device
+        self.replicated = zero_stage == 0
+        self._stage = zero_stage
+        self._clip = float("inf") if gradient_clip is None else gradient_clip
+        self._names = {param: name for name, param in model.named_parameters() if param.requires_grad}
+        self._base = optimizer
+        config = deepspeed_config(
+            zero_stage=zero_stage,
+            precision=precision,
+            micro_batch=micro_batch,
+            grad_accum=grad_accum,
+            world_size=world_size(),
+            gradient_clip=gradient_clip,
+        )
+        self._engine, self._zero, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        optimizer.initialize_state(self._flat_weights())
+
+    @property
+    def forward(self) -> Callable[..., Tensor]:
+        """The wrapped model."""
+        return self._engine
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """DeepSpeed averages gradients over ranks and micro-batches; the factor turns that into a plain sum."""
+        self._engine.backward(loss * world_size(), scale_wrt_gas=False)
+        if not last:
+            self._engine.step()  # counts the micro-batch, updates nothing
+
+    def step(self, learning_rate: float) -> Tensor:
+        """Update; the gradient norm is global and unclipped, NaN or infinite if the gradient was."""
+        for group in self._zero.param_groups:
+            group["lr"] = learning_rate
+        if self._stage == 0:
+            norm = nn.utils.clip_grad_norm_(list(self._names), self._clip)
+            self._engine.step()
+        else:
+            self._engine.step()
+            norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
+        return torch.where(norm < 0, torch.nan, norm)  # DeepSpeed's -1 stands for an invalid norm
+
+    def fragments(self) -> list[Fragment]:
+        """This rank's piece of every weight, moment and average, as views into DeepSpeed's flat partitions."""
+        return [
+            Fragment(name, WEIGHT if key is None else key, start, values)
+            for key in (None, *self._base.state_keys)
+            for name, start, values in self._pieces(key)
+        ]
+
+    def restored(self, step: int) -> None:
+        """Set the step counts and renew the compute weights from the restored fp32 ones."""
+        for flat in self._flat_weights():
+            self._base.state[flat]["step"].fill_(step)
+        if self._stage in (1, 2):
+            self._zero.update_lp_params()
+        elif self._stage == 3:
+            zero = self._zero
+            if zero.persistent_parameters:  # small parameters stay gathered: drop the stale copies, gather anew
+                zero.persistent_parameters[0].partition(zero.persistent_parameters)
+            for group in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def _flat_weights(self) -> list[Tensor]:
+        """The tensors that the base optimizer really updates."""
+        if self._stage == 0:
+            return list(self._names)
+        return self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._zero.single_partition_of_fp32_groups
+
+    def _pieces(self, key: str | None) -> Iterator[tuple[str, int, Tensor]]:
+        """Name, offset and values of this rank's piece of each parameter's weight (``key`` None) or state."""
+        for param, name in self._names.items():
+            if self._stage == 0:
+                source = param.detach() if key is None else self._base.state[param][key]
+                yield name, 0, source.view(-1)
+            elif self._stage == 3:
+                values, _ = self._zero._get_fp32_opt_state_partition(param, True, key)
+                start = rank() * values.numel()
+                # The last rank's piece is padded so that all pieces have one size.
+                numel = max(0, min(values.numel(), param.ds_numel - start))
+                if numel:
+                    yield name, start, values.detach().narrow(0, 0, numel)
+            elif param._hp_mapping is not None:  # None: no part of this parameter lies on this rank
+                flat = self._zero.single_partition_of_fp32_groups[param._hp_mapping.param_group_index]
+                source = flat.detach() if key is None else self._base.state[flat][key]
+                address = param._hp_mapping.get_hp_fragment_address()
+                yield name, param._hp_mapping.lp_fragment_address.start, source.narrow(0, address.start, address.numel)

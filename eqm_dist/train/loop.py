@@ -1,0 +1,214 @@
+"""The training loop: the page that says what a run does, in the order in which it happens."""
+
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from eqm_dist.data.loader import Batch, Loader
+from eqm_dist.errors import NonFiniteLossError
+from eqm_dist.train.checkpoint import Checkpoints, whole_state
+from eqm_dist.train.distributed import rank
+from eqm_dist.train.engine import Engine
+from eqm_dist.train.meters import Interval, Meters
+from eqm_dist.train.schedule import LearningRateSchedule
+from eqm_dist.train.state import TrainState
+from eqm_dist.train.step import TrainingStep
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """Where the record of a run goes. Only rank 0 calls it."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record values, named as in the design, at a step."""
+        ...
+
+    def log_image(self, step: int, key: str, path: Path) -> None:
+        """Record a picture that lies on disk."""
+        ...
+
+    def finish(self) -> None:
+        """Bring everything where it belongs; called once, at the end."""
+        ...
+
+
+class Evaluation(Protocol):
+    """Measures averaged weights. A collective: every rank calls it with the same weights."""
+
+    def __call__(self, weights: Mapping[str, Tensor], step: int) -> tuple[dict[str, float], list[Path]]:
+        """Metrics, and the pictures that rank 0 wrote."""
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """All parts of a run, made by ``eqm_dist.build``.
+
+    Attributes:
+        engine: model, gradients and optimizer.
+        loss: from a batch to per-sample losses.
+        loader: this rank's share of every global batch.
+        schedule: learning rate by step.
+        checkpoints: where state is saved.
+        evaluate: measures the averaged weights, or None.
+        tracker: the record; None except on rank 0.
+        shapes: shape of each trained parameter.
+        frozen: parameters that are not trained, by name; exported beside the average.
+        ema_state: the average that is evaluated and exported.
+        config_yaml: saved beside every checkpoint.
+        steps: number of updates in all.
+        global_batch: samples per update over all ranks.
+        grad_accum: micro-batches per update; the same on every rank.
+        log_every, save_every, evaluate_every: steps between.
+        flops_per_image: training FLOPs of one image, for the utilisation.
+        peak_flops: what the device could do at best, over all ranks; None if unknown.
+        on_checkpoint: called on every rank after a checkpoint is whole.
+    """
+
+    engine: Engine
+    loss: TrainingStep
+    loader: Loader
+    schedule: LearningRateSchedule
+    checkpoints: Checkpoints
+    evaluate: Evaluation | None
+    tracker: Tracker | None
+    shapes: Mapping[str, torch.Size]
+    frozen: Mapping[str, Tensor]
+    ema_state: str
+    config_yaml: str
+    steps: int
+    global_batch: int
+    grad_accum: int
+    log_every: int
+    save_every: int
+    evaluate_every: int
+    flops_per_image: float
+    peak_flops: float | None = None
+    on_checkpoint: Callable[[Path, int], None] = lambda path, step: None
+    state: TrainState = field(default_factory=TrainState)
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many steps, and at the last one, happens now."""
+        return self.state.step % every == 0 or self.state.step == self.steps
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The averaged model, whole, as a state dict in host memory. A collective."""
+        return {**self.frozen, **whole_state(self.engine, self.shapes, self.ema_state)}
+
+
+def train(run: Run) -> None:
+    """Run from ``run.state`` to the last step.
+
+    Raises:
+        NonFiniteLossError: a loss or gradient was NaN or infinite.
+        StorageError: a checkpoint could not be written.
+        DataError: a shard is damaged.
+    """
+    meters = Meters(run.engine.device)
+    waited_from = time.perf_counter()
+    for batch in run.loader.batches(run.state.step, run.steps):
+        data_wait_s = time.perf_counter() - waited_from
+        loss, grad_norm = _update(run, batch)
+        meters.add(run.state.step, loss, grad_norm, data_wait_s)
+        run.state.step += 1
+
+        saves, evaluates = run.due(run.save_every), run.evaluate is not None and run.due(run.evaluate_every)
+        if saves or evaluates or run.due(run.log_every):
+            _report(run, meters.report())
+        # An evaluation comes before the save of its step: whoever resumes there has its figures already.
+        if evaluates:
+            _evaluate(run)
+        if saves:
+            _save(run)
+        if saves or evaluates:
+            meters.restart_clock()
+        waited_from = time.perf_counter()
+
+
+def _update(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
+    """One update; returns this rank's share of the mean loss and the norm of the whole gradient."""
+    device = run.engine.device
+    total = torch.zeros((), device=device)
+    micro_batches = batch.to(device).split(run.grad_accum)
+    for index, micro_batch in enumerate(micro_batches):
+        share = run.loss(run.engine.forward, micro_batch).sum() / run.global_batch
+        run.engine.backward(share, last=index == len(micro_batches) - 1)
+        total += share.detach()
+    return total, run.engine.step(run.schedule(run.state.step))
+
+
+def _report(run: Run, interval: Interval) -> None:
+    if interval.first_bad_step is not None:
+        latest = run.checkpoints.latest()
+        good = f"the last good checkpoint is {latest}" if latest else "no checkpoint was written yet"
+        raise NonFiniteLossError(
+            f"The loss or its gradient became NaN or infinite at step {interval.first_bad_step + 1:,}; {good}. "
+            "Lower optimizer.learning_rate, set optimizer.gradient_clip, or use train.precision=fp32, and start again."
+        )
+    if run.tracker is None:
+        return
+    step, images_per_s = run.state.step, run.global_batch / interval.step_s
+    metrics = {
+        "train/loss": interval.loss,
+        "train/grad_norm": interval.grad_norm,
+        "train/learning_rate": run.schedule(step - 1),
+        "train/images_seen": run.state.images_seen(run.global_batch),
+        "time/step_s": interval.step_s,
+        "time/data_wait_s": interval.data_wait_s,
+        "throughput/images_per_s": images_per_s,
+        "memory/peak_gib": _peak_gib(run.engine.device),
+    }
+    if run.peak_flops is not None:
+        metrics["throughput/mfu"] = images_per_s * run.flops_per_image / run.peak_flops
+    run.tracker.log(step, metrics)
+    width = len(f"{run.steps:,}")
+    logger.info(
+        "step %s of %s | loss %8.4f | gradient %8.3f | %8s images/s | %s left",
+        f"{step:{width},}", f"{run.steps:,}", interval.loss, interval.grad_norm, f"{images_per_s:,.0f}",
+        _clock((run.steps - step) * interval.step_s),
+    )  # fmt: skip
+
+
+def _evaluate(run: Run) -> None:
+    assert run.evaluate is not None
+    started = time.perf_counter()
+    metrics, pictures = run.evaluate(run.averaged_weights(), run.state.step)
+    if run.tracker is not None:
+        seconds = time.perf_counter() - started
+        run.tracker.log(run.state.step, {**metrics, "time/evaluation_s": seconds})
+        for picture in pictures:
+            run.tracker.log_image(run.state.step, picture.stem.split("_step")[0], picture)
+        figures = " | ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in metrics.items())
+        logger.info("evaluated step %s in %.0f s | %s", f"{run.state.step:,}", seconds, figures)
+
+
+def _save(run: Run) -> None:
+    started = time.perf_counter()
+    path = run.checkpoints.save(run.engine, run.state.step, run.averaged_weights(), run.config_yaml)
+    run.on_checkpoint(path, run.state.step)
+    if rank() == 0:
+        logger.info("saved step %s in %.1f s | %s", f"{run.state.step:,}", time.perf_counter() - started, path)
+
+
+def _peak_gib(device: torch.device) -> float:
+    """Most memory used so far: of the GPU where there is one, otherwise of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
