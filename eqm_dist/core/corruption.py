@@ -28,7 +28,7 @@ def per_sample(values: Tensor, batch: Tensor) -> Tensor:
     """
     if values.shape != batch.shape[:1]:
         raise DataError(
-            f"One value per sample is needed for a batch of shape {tuple(batch.shape)}, got shape {tuple(values.shape)}; "
+            f"A batch of shape {tuple(batch.shape)} needs one value per sample, got shape {tuple(values.shape)}; "
             "pass a vector of the batch size."
         )
     return values.reshape(-1, *[1] * (batch.ndim - 1))

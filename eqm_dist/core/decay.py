@@ -1,7 +1,7 @@
 """The gradient magnitudes c(gamma) (paper, Equations 4 to 6 and the gradient multiplier lambda).
 
-Equilibrium Matching needs c(1) = 0, which makes data stationary points. The constant decay breaks this on purpose: it is
-the time-free flow-matching baseline.
+Equilibrium Matching needs c(1) = 0, which makes data stationary points. The constant decay breaks this on purpose: it
+is the time-free flow-matching baseline.
 """
 
 import math
@@ -63,7 +63,10 @@ class LinearDecay:
 
 @dataclass(frozen=True)
 class TruncatedDecay:
-    """c = lambda up to decay_start, then a straight line to 0 (paper, Equation 5); the defaults are the published choice."""
+    """c = lambda up to decay_start, then a straight line to 0 (paper, Equation 5).
+
+    The defaults are the published choice.
+    """
 
     decay_start: float = 0.8
     gradient_scale: float = 4.0

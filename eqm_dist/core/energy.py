@@ -15,8 +15,8 @@ EnergyKind = Literal["dot", "l2"]
 class ExplicitEnergy:
     """A scalar energy and its negative gradient, from a model f(x, labels).
 
-    ``dot``: energy = -x . f(x).  ``l2``: energy = ||f(x)||^2 / 2. The signs are those of the official code, whose f points
-    downhill (the paper's g is the energy of an f that points uphill).
+    ``dot``: energy = -x . f(x).  ``l2``: energy = ||f(x)||^2 / 2. The signs are those of the official code. In the
+    paper's text f points uphill, which turns the first into the same energy, but the second has a minus sign there.
 
     With ``l2`` a model that starts at f = 0 never moves, for the gradient of the squared norm is zero there: build
     it with ``zero_init=False``.

@@ -1,7 +1,7 @@
 """Training losses of Equilibrium Matching and of its flow-matching baselines.
 
-Sign: the field points downhill. It approximates (latents - noise) * c(gamma), the negative gradient of the energy, as in
-the official code and its checkpoints; the paper's text has the opposite sign. Samplers add it.
+Sign: the field points downhill. It approximates (latents - noise) * c(gamma), the negative gradient of the energy, as
+in the official code and its checkpoints; the paper's text has the opposite sign. Samplers add it.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""SiT, the transformer backbone of Equilibrium Matching (Ma et al., arXiv 2401.08740; Peebles and Xie, arXiv 2212.09748).
+"""SiT, the transformer backbone of Equilibrium Matching (Ma et al., arXiv 2401.08740), a DiT (arXiv 2212.09748).
 
 Parameter names and shapes are those of the official EqM code, whose checkpoints load strictly.
 """
@@ -100,8 +100,8 @@ class SiT(nn.Module):
         """
         if x.shape[1:] != self.latent_shape:
             raise DataError(
-                f"This model takes latents of shape [B, {', '.join(map(str, self.latent_shape))}], got {list(x.shape)}; "
-                "its input_size and in_channels must be those of the data."
+                f"This model takes latents of shape {list(self.latent_shape)} per sample, got {list(x.shape[1:])}; "
+                "its in_channels and input_size must be those of the data."
             )
         if labels.shape != x.shape[:1]:
             raise DataError(
@@ -116,7 +116,8 @@ class SiT(nn.Module):
 
         # Without conditioning one row, the embedding of time 0, serves the whole batch.
         time = x.new_zeros(1) if gamma is None else gamma
-        condition = self.t_embedder(time) + self.y_embedder(labels)
+        label_embedding = self.y_embedder(labels)
+        condition = self.t_embedder(time, label_embedding.dtype) + label_embedding
         tokens = self.x_embedder(x) + self.pos_embed
         for block in self.blocks:
             tokens = block(tokens, condition)
@@ -125,12 +126,17 @@ class SiT(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Set all weights to their initial values, which depend on the seed alone: not on torch's global generator, the
-        rank or the device (normal draws up to a rare last bit). Call it after ``to_empty`` on a model built on the meta device.
+        """Set all weights to their initial values, a function of the seed alone.
 
-        As in the official code: Xavier-uniform linear layers with zero biases, normal label and time embeddings (standard
-        deviation 0.02), the sine and cosine position table, zero modulation layers and, with ``zero_init``, a zero output.
+        They do not depend on torch's global generator, the rank or the device (normal draws up to a rare last bit).
+        A model built on the meta device has none; call this after ``to_empty``.
+
+        As in the official code: Xavier-uniform linear layers with zero biases, normal label and time embeddings of
+        standard deviation 0.02, the sine and cosine position table, zero modulation layers and, with ``zero_init``, a
+        zero output.
         """
+        if self.pos_embed.is_meta:
+            return
         for index, (name, parameter) in enumerate(self.named_parameters()):
             position = torch.tensor([index], device=parameter.device)
             if name == "pos_embed":
@@ -158,7 +164,8 @@ class _PatchEmbedder(nn.Module):
 class _PatchProjection(nn.Module):
     """A convolution of stride ``patch_size``, with its weight's shape, as a matrix product.
 
-    The product obeys the matmul precision setting (a convolution runs in TF32 by default) and has a deterministic gradient.
+    The product obeys the matmul precision setting (a convolution runs in TF32 by default) and its gradient is
+    deterministic.
     """
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
@@ -178,8 +185,7 @@ class _TimeEmbedder(nn.Module):
             nn.Linear(TIME_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
-    def forward(self, time: Tensor) -> Tensor:
-        dtype = self.mlp[0].weight.dtype
+    def forward(self, time: Tensor, dtype: torch.dtype) -> Tensor:
         # Angles lose too much in bfloat16 and float16.
         wide = torch.promote_types(dtype, torch.float32)
         half = TIME_FREQUENCIES // 2

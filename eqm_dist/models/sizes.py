@@ -74,7 +74,7 @@ def forward_macs(
 ) -> int:
     """Multiply-adds of one forward pass on one sample: matrix products only, attention's two included.
 
-    The literature prints this number as "Gflops" (118.6e9 for XL/2 at 32x32x4). It does not depend on the number of heads.
+    The literature prints this number as "Gflops" (118.6e9 for XL/2 at 32x32x4). The number of heads does not matter.
     """
     tokens = (input_size // patch_size) ** 2
     mlp_size = int(hidden_size * mlp_ratio)
