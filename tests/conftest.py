@@ -1,0 +1,30 @@
+"""What all tests share: few threads, no calls home, reproducible properties, and no GPU test without a GPU."""
+
+import os
+
+# Before anything imports torch, Ray or MLflow; child processes inherit it. Test processes share the cores, and torch
+# would start a thread per core in each of them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+
+import pytest
+from hypothesis import settings
+
+# A shared machine makes any example slow at times, which says nothing about the code. In CI the examples are a function
+# of the test alone, so that a commit either passes or does not.
+settings.register_profile("here", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked gpu where torch sees none."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
