@@ -1,0 +1,114 @@
+"""The index: where in its shard each sample lies, so that any sample is read without reading what comes before it."""
+
+import io
+import tarfile
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from eqm_dist.data.manifest import FileRecord, Manifest, check_checksum, check_size, file_record
+from eqm_dist.data.storage import atomic_write, storage_errors
+from eqm_dist.errors import DataError
+
+INDEX_NAME = "index.npy"
+INDEX_DTYPE = np.dtype([("offset", "<u8"), ("label", "<i4")])
+"""Byte in its shard at which a sample's array data begins (after the npy header), and its class: 12 bytes a sample."""
+
+
+class ShardIndex(NamedTuple):
+    """What one tar holds."""
+
+    records: np.ndarray
+    """[samples], INDEX_DTYPE."""
+    moments_shape: tuple[int, int, int, int]
+    dtype: np.dtype
+
+
+def index_shard(path: Path) -> ShardIndex:
+    """Find every sample of a WebDataset tar by reading its headers; other files of a sample are passed over.
+
+    Raises:
+        DataError: the tar is truncated or damaged, a sample lacks its moments or its class, or the arrays differ in
+            shape or dtype.
+        StorageError: the tar cannot be read.
+    """
+    offsets: dict[str, int] = {}
+    labels: dict[str, int] = {}
+    layouts: set[tuple[tuple[int, int, int, int], np.dtype]] = set()
+    try:
+        with storage_errors("read", path), open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                folder, slash, base = member.name.rpartition("/")
+                stem, _, suffix = base.partition(".")
+                key = folder + slash + stem
+                file.seek(member.offset_data)
+                if suffix == "moments.npy":
+                    layouts.add(_read_npy_header(file))
+                    offsets[key] = file.tell()
+                elif suffix == "cls":
+                    labels[key] = int(file.read(member.size))
+    except (tarfile.TarError, ValueError) as error:
+        raise DataError(
+            f"{path} must be a whole tar of KEY.moments.npy and KEY.cls ({error}); "
+            "delete it and prepare the data set again."
+        ) from error
+    if not offsets or list(offsets) != list(labels) or len(layouts) != 1:
+        raise DataError(
+            f"Every sample of {path} must have KEY.moments.npy of one shape and KEY.cls; found {len(offsets)} arrays "
+            f"of {len(layouts)} shapes and {len(labels)} classes; delete it and prepare the data set again."
+        )
+    [(moments_shape, dtype)] = layouts
+    records = np.empty(len(offsets), INDEX_DTYPE)
+    records["offset"] = list(offsets.values())
+    records["label"] = list(labels.values())
+    return ShardIndex(records, moments_shape, dtype)
+
+
+def write_index(directory: Path, records: np.ndarray) -> FileRecord:
+    """Write ``directory``/index.npy: INDEX_DTYPE records [num_samples].
+
+    Raises:
+        StorageError: the index cannot be written.
+    """
+    content = io.BytesIO()
+    np.save(content, records, allow_pickle=False)
+    path = directory / INDEX_NAME
+    atomic_write(path, content.getbuffer())
+    return file_record(path)
+
+
+def read_index(directory: Path, manifest: Manifest, *, verify_checksum: bool) -> np.ndarray:
+    """The index as a memory map: INDEX_DTYPE records [num_samples].
+
+    Raises:
+        DataError: the index is missing, damaged, or does not belong to the manifest.
+        StorageError: the index cannot be read.
+    """
+    path = directory / manifest.index.name
+    check_size(path, manifest.index)
+    if verify_checksum:
+        with storage_errors("read", path), open(path, "rb") as file:
+            check_checksum(file, path, manifest.index)
+    try:
+        with storage_errors("read", path):
+            records = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise DataError(f"{path} must be an npy file ({error}); delete it and prepare the data set again.") from error
+    if records.dtype != INDEX_DTYPE or records.shape != (manifest.num_samples,):
+        raise DataError(
+            f"{path} must hold {manifest.num_samples:,} records of {INDEX_DTYPE}, found {records.shape} of "
+            f"{records.dtype}; delete it and prepare the data set again."
+        )
+    return records
+
+
+def _read_npy_header(file: BinaryIO) -> tuple[tuple[int, int, int, int], np.dtype]:
+    """Shape [V, 2C, H, W] and dtype; the file is left where the array data begins, in C order."""
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):
+        raise ValueError(f"npy format {version} instead of (1, 0)")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    if fortran_order or len(shape) != 4:
+        raise ValueError(f"array of shape {shape}{' in Fortran order' * fortran_order} instead of [V, 2C, H, W]")
+    return shape, dtype

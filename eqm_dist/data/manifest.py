@@ -1,0 +1,180 @@
+"""The manifest: what a directory of shards holds, file by file, and how to find every sample in it.
+
+DIR/NAME-000000.tar ...    WebDataset tars: KEY.moments.npy, KEY.cls
+DIR/index.npy              where each sample lies, and its class (``eqm_dist.data.index``)
+DIR/manifest.json          written last: a data set exists when its manifest exists
+"""
+
+import hashlib
+import json
+from io import BufferedReader
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from eqm_dist.data.storage import atomic_write, local_path, storage_errors
+from eqm_dist.errors import DataError, StorageError
+
+VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+MomentsDtype = Literal["float16", "float32"]
+Positive = Annotated[int, Field(gt=0)]
+# A manifest comes with data from elsewhere: a name must not lead out of its directory.
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
+
+
+class FileRecord(BaseModel):
+    """A file of the data set as it was written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: FileName
+    bytes: Positive
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class ShardRecord(FileRecord):
+    """A shard: a file that holds samples."""
+
+    samples: Positive
+
+
+class Manifest(BaseModel):
+    """Everything about a data set except its samples."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    version: Literal[1] = VERSION
+    name: FileName
+    source: str
+    """What the images came from."""
+    autoencoder: str
+    """What turned images into moments."""
+    latent_scale: float
+    latent_shift: float
+    """latents = (posterior sample - latent_shift) * latent_scale."""
+    dtype: MomentsDtype
+    moments_shape: tuple[Annotated[int, Field(ge=1, le=2)], Positive, Positive, Positive]
+    """[V, 2C, H, W]: mean, then log-variance, of the image and, with V = 2, of its mirror (flipped before encoding)."""
+    num_classes: Positive
+    label_histogram: tuple[int, ...]
+    """Samples of each class."""
+    shards: Annotated[tuple[ShardRecord, ...], Field(min_length=1)]
+    """In the order in which sample indices count."""
+    index: FileRecord
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.moments_shape[1] % 2:
+            raise ValueError(f"moments_shape {self.moments_shape} must have an even number of channels")
+        if len(self.label_histogram) != self.num_classes or sum(self.label_histogram) != self.num_samples:
+            raise ValueError(f"label_histogram must count {self.num_samples} samples in {self.num_classes} classes")
+        return self
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the latents that the moments describe."""
+        _, channels, height, width = self.moments_shape
+        return channels // 2, height, width
+
+
+def read_manifest(directory: str | Path) -> Manifest:
+    """Read and check ``directory``/manifest.json.
+
+    Raises:
+        DataError: there is no data set, its format is unknown, or its manifest is damaged.
+        StorageError: the manifest cannot be read.
+    """
+    path = local_path(directory) / MANIFEST_NAME
+    remedy = f"prepare one with `python pipelines/prepare_shards.py --source digits --out {path.parent}`"
+    if not path.parent.is_dir():
+        raise DataError(f"Shards must lie in a directory, but {path.parent} does not exist; {remedy}.")
+    if not path.exists():
+        raise DataError(f"A data set must have a {MANIFEST_NAME}, but {path.parent} holds none; {remedy}.")
+    with storage_errors("read", path):
+        text = path.read_bytes()
+    try:
+        fields = json.loads(text)
+        version = fields["version"]
+        if version != VERSION:
+            raise DataError(
+                f"The manifest must have version {VERSION}, but {path} has version {version!r}; "
+                "use the eqm-dist release that wrote it, or prepare the shards again."
+            )
+        # As JSON, for its tuples are lists.
+        return Manifest.model_validate_json(text)
+    except (ValueError, KeyError, TypeError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
+        raise DataError(
+            f"The manifest {path} is damaged ({reason}); restore it, or prepare the shards again."
+        ) from error
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write ``directory``/manifest.json whole: from here on the data set exists.
+
+    Raises:
+        StorageError: the manifest cannot be written.
+    """
+    atomic_write(directory / MANIFEST_NAME, (manifest.model_dump_json(indent=1) + "\n").encode())
+
+
+def file_record(path: Path) -> FileRecord:
+    """The record of a file as it is now.
+
+    Raises:
+        StorageError: the file cannot be read.
+    """
+    with storage_errors("read", path), open(path, "rb") as file:
+        return FileRecord(name=path.name, bytes=path.stat().st_size, sha256=_sha256(file))
+
+
+def check_size(path: Path, record: FileRecord) -> None:
+    """Check that a file is there in its recorded size, without reading it.
+
+    Raises:
+        DataError: it is missing, truncated or too long.
+        StorageError: the machine cannot tell.
+    """
+    try:
+        with storage_errors("read", path):
+            found = path.stat().st_size
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise DataError(
+                f"{path} must be there, for the manifest lists it; restore it or prepare the data set again."
+            ) from None
+        raise
+    if found != record.bytes:
+        raise DataError(
+            f"{path} must have {record.bytes:,} bytes as the manifest records, found {found:,}; "
+            "delete it and prepare the data set again."
+        )
+
+
+def check_checksum(file: BufferedReader, path: Path, record: FileRecord) -> None:
+    """Compare all bytes of an open file with its record.
+
+    Raises:
+        DataError: they are not those that the manifest records.
+        StorageError: the file cannot be read.
+    """
+    with storage_errors("read", path):
+        found = _sha256(file)
+    if found != record.sha256:
+        raise DataError(
+            f"{path} must have the sha256 {record.sha256[:12]}... that the manifest records, found {found[:12]}...: "
+            "it was changed or damaged after it was written; delete it and prepare the data set again."
+        )
+
+
+def _sha256(file: BufferedReader) -> str:
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()

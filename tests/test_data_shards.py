@@ -1,0 +1,419 @@
+"""Shards: what they hold, who can read them, and that no accident while writing changes them."""
+
+import gc
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import sys
+import tarfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from webdataset.compat import WebDataset
+from webdataset.writer import TarWriter
+
+from eqm_dist.data.index import index_shard
+from eqm_dist.data.manifest import read_manifest
+from eqm_dist.data.shards import digits_shards, write_shards
+from eqm_dist.data.sources import Digits, LabelledImage
+from eqm_dist.data.verify import verify_shards
+from eqm_dist.errors import DataError, StorageError
+from eqm_dist.models.autoencoder import IdentityAutoencoder
+
+processes = multiprocessing.get_context("forkserver")
+
+
+class Stripes:
+    """150 images [4, 6, 3] of random pixels, quick to make; ``delay_s`` a range."""
+
+    id = "stripes"
+    num_classes = 7
+
+    def __init__(self, delay_s: float = 0.0) -> None:
+        self._delay_s = delay_s
+
+    def __len__(self) -> int:
+        return 150
+
+    def read(self, start: int, stop: int) -> Iterator[LabelledImage]:
+        time.sleep(self._delay_s)
+        for index in range(start, stop):
+            image = np.random.default_rng(index).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+            yield LabelledImage(f"folder/{index:04d}", image, index * index % 7)
+
+
+class GaussianAutoencoder:
+    """Half the size in both directions, with a posterior that is not a point."""
+
+    id = "gaussian"
+    latent_scale = 0.18215
+    latent_shift = 0.25
+
+    def encode(self, images: Tensor) -> Tensor:
+        mean = images.permute(0, 3, 1, 2)[:, :, ::2, ::2].to(torch.float32) / 100
+        return torch.cat([mean, -1 - mean], dim=1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def write_stripes(directory: Path, delay_s: float = 0.0) -> None:
+    write_shards(
+        directory,
+        "stripes",
+        Stripes(delay_s),
+        IdentityAutoencoder(),
+        samples_per_shard=40,
+        dtype="float16",
+        mirror=True,
+    )
+
+
+def contents(directory: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+
+
+def read_with_webdataset(directory: Path) -> list[dict[str, Any]]:
+    urls = [str(path) for path in sorted(directory.glob("*.tar"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves its files to the garbage collector
+        samples = list(cast("Iterable[dict[str, Any]]", WebDataset(urls, shardshuffle=False).decode()))
+        gc.collect()
+    return samples
+
+
+@pytest.fixture(scope="module")
+def _quick_processes() -> None:
+    """Import everything once, in the server from which the test's processes are forked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        processes.set_forkserver_preload([__name__])
+        forkserver.ensure_running()
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("digits")
+    digits_shards(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("stripes")
+    write_stripes(directory)
+    return directory
+
+
+def test_digits_are_scikit_learns(digits: Path) -> None:
+    levels, labels = load_digits(return_X_y=True)
+    pixels = np.stack([sample.image for sample in Digits().read(0, len(Digits()))]).reshape(-1, 64)
+    assert len(Digits()) == len(levels) == 1797
+    assert np.array_equal(np.rint(pixels * (16 / 255)), levels)
+    assert np.unique(pixels[levels == 8]).tolist() == [128]
+    assert np.unique(pixels[levels == 16]).tolist() == [255]
+
+    manifest = read_manifest(digits)
+    assert manifest.label_histogram == tuple(np.bincount(labels))
+    assert [shard.samples for shard in manifest.shards] == [256] * 7 + [5]
+    assert manifest.moments_shape == (1, 2, 8, 8)
+    assert manifest.latent_shape == (1, 8, 8)
+
+
+def test_stock_webdataset_reads_the_digits(digits: Path) -> None:
+    samples = read_with_webdataset(digits)
+    expected = IdentityAutoencoder().encode(torch.from_numpy(np.stack([s.image for s in Digits().read(0, 1797)])))
+    assert torch.equal(torch.from_numpy(np.stack([sample["moments.npy"] for sample in samples]))[:, 0], expected)
+    assert [sample["cls"] for sample in samples] == load_digits(return_X_y=True)[1].tolist()
+    assert [sample["__key__"] for sample in samples] == [f"{index:06d}" for index in range(1797)]
+
+
+def test_the_mirror_is_flipped_before_encoding(tmp_path: Path) -> None:
+    encoder = GaussianAutoencoder()
+    manifest = write_shards(tmp_path, "x", Stripes(), encoder, samples_per_shard=99, dtype="float32", mirror=True)
+    assert manifest.moments_shape == (2, 6, 2, 3)
+    assert (manifest.autoencoder, manifest.latent_scale, manifest.latent_shift) == ("gaussian", 0.18215, 0.25)
+    for sample, image in zip(read_with_webdataset(tmp_path), Stripes().read(0, 150), strict=True):
+        views = torch.from_numpy(np.stack([image.image, image.image[:, ::-1]]))
+        assert torch.equal(torch.from_numpy(sample["moments.npy"]), encoder.encode(views))
+        assert sample["__key__"] == image.key
+        assert sample["cls"] == image.label
+
+
+def test_the_bytes_depend_on_nothing_but_the_request(stripes: Path, tmp_path: Path) -> None:
+    write_stripes(tmp_path)
+    assert contents(tmp_path) == contents(stripes)
+    assert verify_shards(tmp_path).num_samples == 150
+
+
+def test_asking_again_touches_nothing(tmp_path: Path) -> None:
+    write_stripes(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    write_stripes(tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_missing_files_are_written_again(stripes: Path, tmp_path: Path) -> None:
+    for missing in ("stripes-000001.tar", "index.npy", "manifest.json"):
+        write_stripes(tmp_path)
+        (tmp_path / missing).unlink()
+        write_stripes(tmp_path)
+        assert contents(tmp_path) == contents(stripes)
+
+
+def test_a_new_manifest_does_not_vouch_for_a_changed_shard(tmp_path: Path) -> None:
+    write_stripes(tmp_path)
+    (tmp_path / "stripes-000001.tar").unlink()
+    flip_a_bit(tmp_path / "stripes-000002.tar")
+    with pytest.raises(DataError, match=r"stripes-000002.tar must have the sha256"):
+        write_stripes(tmp_path)
+
+
+def test_a_directory_belongs_to_one_data_set(stripes: Path, tmp_path: Path) -> None:
+    before = contents(stripes)
+    with pytest.raises(DataError, match=r"holds another, with name='stripes', not 'digits'.*samples=150, not 1797"):
+        digits_shards(stripes)
+    assert contents(stripes) == before
+
+    (tmp_path / "photos-000000.tar").write_bytes(b"not ours")
+    with pytest.raises(DataError, match=f"but {tmp_path} holds tars"):
+        digits_shards(tmp_path)
+    assert (tmp_path / "photos-000000.tar").read_bytes() == b"not ours"
+
+    (stripes / "preparation.json").rename(tmp_path / "preparation.json")
+    try:
+        with pytest.raises(DataError, match="holds another"):
+            write_stripes(stripes)
+    finally:
+        (tmp_path / "preparation.json").rename(stripes / "preparation.json")
+
+
+def test_moments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    class Loud(GaussianAutoencoder):
+        def encode(self, images: Tensor) -> Tensor:
+            moments = super().encode(images)
+            moments[3, 0] = 1e5  # beyond float16's 65,504
+            return moments
+
+    with pytest.raises(DataError, match="finite in float16, but those of folder/0003 are not"):
+        write_shards(tmp_path / "a", "x", Stripes(), Loud(), samples_per_shard=99, dtype="float16")
+    write_shards(tmp_path / "b", "x", Stripes(), Loud(), samples_per_shard=99, dtype="float32")
+
+
+def test_impossible_requests_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="samples_per_shard must be at least 1, received 0"):
+        write_shards(tmp_path, "x", Stripes(), IdentityAutoencoder(), samples_per_shard=0, dtype="float32")
+
+    class Mislabelled(Stripes):
+        num_classes = 3
+
+    with pytest.raises(DataError, match=r"Labels must lie in \[0, 3\), found 0 to 4"):
+        write_shards(tmp_path, "x", Mislabelled(), IdentityAutoencoder(), samples_per_shard=99, dtype="float32")
+
+
+# --- accidents ---
+
+
+def die_at_event(directory: Path, fatal: int) -> None:
+    """Write, and die of SIGKILL just before the ``fatal``-th file is opened for writing or renamed."""
+    count = 0
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event == "os.rename" or (event == "open" and str(directory) in str(arguments[0]) and arguments[1] != "rb"):
+            count += 1
+            if count == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    write_stripes(directory)
+
+
+@pytest.mark.usefixtures("_quick_processes")
+def test_a_writer_killed_between_any_two_operations_loses_and_repeats_nothing(stripes: Path, tmp_path: Path) -> None:
+    expected = contents(stripes)
+    fatal, exit_code = 0, -signal.SIGKILL
+    while exit_code == -signal.SIGKILL:
+        fatal += 1
+        directory = tmp_path / str(fatal)
+        child = processes.Process(target=die_at_event, args=(directory, fatal))
+        child.start()
+        child.join()
+        exit_code = child.exitcode
+        finished = {path: path.stat().st_mtime_ns for path in directory.glob("*.tar")}
+        if exit_code == -signal.SIGKILL and not (directory / "manifest.json").exists():
+            with pytest.raises(DataError):
+                read_manifest(directory)
+        write_stripes(directory)
+        assert contents(directory) == expected
+        assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert exit_code == 0
+    # The request, 4 shards, the index, the manifest: each opened and renamed; and the lock.
+    assert fatal - 1 >= 15
+
+
+@pytest.mark.usefixtures("_quick_processes")
+def test_a_writer_killed_again_and_again_at_random_gets_there(stripes: Path, tmp_path: Path) -> None:
+    moments = random.Random(0)
+    kills = 0
+    while not (tmp_path / "manifest.json").exists():
+        child = processes.Process(target=write_stripes, args=(tmp_path, 0.03))
+        child.start()
+        child.join(0.2 * moments.random() * (1 + kills))  # longer each time, so that a slow machine gets there too
+        if child.exitcode is None:
+            child.kill()
+            kills += 1
+        child.join()
+    write_stripes(tmp_path)
+    assert contents(tmp_path) == contents(stripes)
+    assert kills > 0
+
+
+@pytest.mark.usefixtures("_quick_processes")
+def test_several_processes_may_ask_at_once(stripes: Path, tmp_path: Path) -> None:
+    children = [processes.Process(target=write_stripes, args=(tmp_path, 0.02)) for _ in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0, 0]
+    assert contents(tmp_path) == contents(stripes)
+
+
+def test_a_full_disk_is_named_and_what_was_written_stays(stripes: Path, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))  # enough for the last shard alone
+    try:
+        with pytest.raises(StorageError, match=r"Cannot write .*stripes-000000.tar: .*free space"):
+            write_stripes(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "preparation.json"}
+    write_stripes(tmp_path)
+    assert contents(tmp_path) == contents(stripes)
+
+
+def test_a_truncated_shard_found_while_preparing_is_named(tmp_path: Path) -> None:
+    write_stripes(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    shard = tmp_path / "stripes-000001.tar"
+    whole = shard.read_bytes()
+    for size in (0, 300, 20_000, 20_480, 40_960):
+        shard.write_bytes(whole[:size])
+        with pytest.raises(DataError, match=r"stripes-000001.tar .*delete it and prepare the data set again"):
+            write_stripes(tmp_path)
+    shard.write_bytes(whole)
+    write_stripes(tmp_path)
+
+
+# --- tars of others ---
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def npy(array: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    np.save(content, array)
+    return content.getvalue()
+
+
+ARRAY = np.arange(8, dtype=np.float32).reshape(1, 2, 2, 2)
+
+
+def test_the_index_points_at_the_arrays_of_any_plain_tar(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    with path.open("wb") as file, TarWriter(file) as tar:
+        for index in range(5):
+            long = {"caption": "word " * 200 * index}
+            tar.write({"__key__": f"{'deep/' * 30}{index}", "moments.npy": ARRAY + index, "cls": index, "json": long})
+    found = index_shard(path)
+    assert found.moments_shape == (1, 2, 2, 2)
+    assert found.records["label"].tolist() == list(range(5))
+    content = path.read_bytes()
+    for index, offset in enumerate(found.records["offset"].tolist()):
+        assert content[offset : offset + 32] == (ARRAY + index).tobytes()
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [],
+        [("a.moments.npy", npy(ARRAY))],
+        [("a.cls", b"1")],
+        [("a.moments.npy", npy(ARRAY)), ("b.cls", b"1")],
+        [("a.moments.npy", npy(ARRAY)), ("a.cls", b"cat")],
+        [("a.moments.npy", npy(ARRAY)), ("a.cls", b"1"), ("b.moments.npy", npy(ARRAY[..., :1])), ("b.cls", b"1")],
+        [("a.moments.npy", npy(ARRAY[0])), ("a.cls", b"1")],
+        [("a.moments.npy", npy(np.asfortranarray(ARRAY))), ("a.cls", b"1")],
+        [("a.moments.npy", b"\x80\x04N."), ("a.cls", b"1")],
+    ],
+    ids=["empty", "no class", "no moments", "unpaired", "class name", "two shapes", "flat", "fortran", "pickle"],
+)
+def test_tars_without_whole_samples_are_refused(tmp_path: Path, members: list[tuple[str, bytes]]) -> None:
+    with pytest.raises(DataError, match=r"x\.tar"):
+        index_shard(write_tar(tmp_path / "x.tar", members))
+
+
+# --- the full check ---
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-512])
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, shorten, Path.unlink])
+def test_verify_names_every_damaged_shard(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    write_stripes(tmp_path)
+    for number in (0, 3):
+        damage(tmp_path / f"stripes-{number:06d}.tar")
+    with pytest.raises(DataError) as error:
+        verify_shards(tmp_path)
+    lines = str(error.value).splitlines()
+    assert [line.split(" ")[0] for line in lines] == [str(tmp_path / f"stripes-00000{number}.tar") for number in (0, 3)]
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, shorten, Path.unlink])
+def test_verify_reads_the_index(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    write_stripes(tmp_path)
+    damage(tmp_path / "index.npy")
+    with pytest.raises(DataError, match=r"index\.npy must"):
+        verify_shards(tmp_path)
+
+
+def test_verify_compares_the_index_with_the_shards(tmp_path: Path) -> None:
+    write_stripes(tmp_path)
+    records = np.load(tmp_path / "index.npy")
+    records[[1, 2]] = records[[2, 1]]
+    np.save(tmp_path / "index.npy", records)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["index"]["sha256"] = hashlib.sha256((tmp_path / "index.npy").read_bytes()).hexdigest()
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"stripes-000000.tar must hold the samples that the index"):
+        verify_shards(tmp_path)
