@@ -1,0 +1,60 @@
+"""Runs a function on several ranks, as processes that talk over gloo on this machine."""
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_DEADLINE_S = 300
+
+
+def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """``function(rank, *arguments)`` on every rank; its results in rank order.
+
+    A rank that fails or hangs past the deadline fails the test with its traceback. Rendezvous is a file: no ports.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as directory:
+        queue = context.Queue()
+        processes = [
+            context.Process(target=_rank, args=(rank, world, directory, queue, function, arguments))
+            for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            results = dict(pickle.loads(queue.get(timeout=_DEADLINE_S)) for _ in range(world))
+        finally:
+            for process in processes:
+                process.join(timeout=10)
+                if process.is_alive():
+                    process.kill()
+    for rank, (error, _) in results.items():
+        assert error is None, f"rank {rank} failed:\n{error}"
+    return [results[rank][1] for rank in range(world)]
+
+
+def _rank(
+    rank: int, world: int, directory: str, queue: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    faulthandler.dump_traceback_later(_DEADLINE_S - 10, exit=True)
+    # DeepSpeed reads these even when the process group exists already.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{Path(directory) / 'rendezvous'}", rank=rank, world_size=world
+    )
+    try:
+        outcome = None, function(rank, *arguments)
+    except Exception:
+        outcome = traceback.format_exc(), None
+    # Pickled here: a queue would hand over tensors as file descriptors of a process that is about to end.
+    queue.put(pickle.dumps((rank, outcome)))
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,144 @@
+"""Two ways, one number: engines, ZeRO stages and numbers of workers give the same run, saved and resumed anyhow."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from eqm_dist.build import OpenRun, build_model, build_run, open_run
+from eqm_dist.config import Config, with_overrides
+from eqm_dist.presets import digits
+from eqm_dist.train.loop import train
+from eqm_dist.track.jsonl import read_metrics
+from tests.distributed import run_ranks
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.deepspeed]
+
+STEPS, HALF = 20, 10
+# 3 workers do not divide the batch. Two micro-batches, so that accumulation is part of the comparison.
+GLOBAL_BATCH, MICRO_BATCH = 10, 3
+ENGINES = {"torch": {"engine.kind": "torch"}} | {f"zero{stage}": {"engine.zero_stage": stage} for stage in range(4)}
+
+# The runs differ in the order of fp32 sums: of gradients over ranks and micro-batches, and in the blocking of matrix
+# products. Each is off by some 1e-7 of its value, and Adam's division by the root of the second moment passes that on
+# where a gradient is near zero. Twenty steps at this learning rate stay below 2e-5; a lost sample, a wrong learning
+# rate or a stale average is off by 1e-2 and more.
+TOLERANCE = 2e-5
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a run came to: its losses and gradient norms step by step, and its averaged weights."""
+
+    losses: torch.Tensor
+    grad_norms: torch.Tensor
+    ema: torch.Tensor
+
+
+def config(root: Path, name: str, **overrides: object) -> Config:
+    return with_overrides(
+        digits(),
+        {
+            "run.root": str(root),
+            "run.name": name,
+            "model.hidden_size": 32,
+            "model.depth": 2,
+            "model.num_heads": 2,
+            "optimizer.gradient_clip": 5.0,
+            "optimizer.warmup_steps": 5,
+            "optimizer.ema_decays": [0.9, 0.99],
+            "train.steps": STEPS,
+            "train.global_batch": GLOBAL_BATCH,
+            "train.micro_batch": MICRO_BATCH,
+            "train.log_every": 1,
+            "checkpoint.every": HALF,
+            "evaluation.every": 0,
+            "track.mlflow": False,
+            **overrides,
+        },
+    )
+
+
+def run_engines(rank: int, runs: list[OpenRun], stop_at: int | None) -> list[Curve | None]:
+    """Every run in turn, in these processes; rank 0 returns their curves."""
+    return [_run(rank, opened, stop_at) for opened in runs]
+
+
+def _run(rank: int, opened: OpenRun, stop_at: int | None) -> Curve | None:
+    run = build_run(opened, torch.device("cpu"), on_checkpoint=None)
+    train(replace(run, steps=stop_at) if stop_at else run)
+    ema = torch.cat([value.flatten() for value in run.averaged_weights().values()])
+    lines = list(read_metrics(opened.directory / "metrics.jsonl"))
+    losses, norms = ([line[key] for line in lines] for key in ("train/loss", "train/grad_norm"))
+    return None if rank else Curve(torch.tensor(losses), torch.tensor(norms), ema)
+
+
+def assert_same(curve: Curve | None, reference: Curve | None, what: str) -> None:
+    assert curve is not None
+    assert reference is not None
+    assert len(curve.losses) == len(reference.losses) == STEPS
+    for part in ("losses", "grad_norms", "ema"):
+        torch.testing.assert_close(
+            getattr(curve, part), getattr(reference, part), rtol=TOLERANCE, atol=TOLERANCE, msg=lambda m: f"{what}, {part}: {m}"
+        )
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Curve:
+    """The plain engine on one worker, without a stop."""
+    opened = open_run(config(tmp_path_factory.mktemp("reference"), "plain", **{"engine.kind": "torch"}))
+    ((curve,),) = run_ranks(1, run_engines, [opened], None)
+    initial = torch.cat([value.flatten() for value in build_model(opened.config).state_dict().values()])
+    assert (curve.ema - initial).abs().max() > 100 * TOLERANCE  # the comparison is of something that moves
+    return curve
+
+
+@pytest.fixture(scope="module")
+def half_done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of every engine on two workers, stopped and saved half-way."""
+    root = tmp_path_factory.mktemp("half")
+    runs = [open_run(config(root, name, **engine)) for name, engine in ENGINES.items()]
+    run_ranks(2, run_engines, runs, HALF)
+    return root
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_engine_on_any_number_of_workers_gives_the_same_run(world: int, reference: Curve, tmp_path: Path) -> None:
+    runs = [open_run(config(tmp_path, name, **engine)) for name, engine in ENGINES.items()]
+    curves = run_ranks(world, run_engines, runs, None)[0]
+    for name, curve in zip(ENGINES, curves, strict=True):
+        assert_same(curve, reference, f"{name} on {world} workers")
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_run_resumes_on_any_engine_and_any_number_of_workers(
+    world: int, reference: Curve, half_done: Path, tmp_path: Path
+) -> None:
+    # Each saved run goes on under the engine two places further, so that every change of kind is met.
+    names = list(ENGINES)
+    pairs = [(saved, names[(at + 2) % len(names)]) for at, saved in enumerate(names)]
+    runs = []
+    for saved, resumed in pairs:
+        _copy_run(half_done, tmp_path, saved)
+        runs.append(open_run(config(tmp_path, saved, **ENGINES[resumed])))
+    curves = run_ranks(world, run_engines, runs, None)[0]
+    for (saved, resumed), curve in zip(pairs, curves, strict=True):
+        assert_same(curve, reference, f"{saved} on 2 workers, then {resumed} on {world}")
+
+
+def _copy_run(source: Path, target: Path, name: str) -> None:
+    import shutil
+
+    shutil.copytree(source / name, target / name)
+    if not (target / "data").exists():
+        shutil.copytree(source / "data", target / "data")
+    file = target / name / "config.yaml"
+    file.write_text(file.read_text().replace(str(source), str(target)))
+
+
+def test_bf16_is_the_same_under_both_engines(tmp_path: Path) -> None:
+    runs = [open_run(config(tmp_path, name, **ENGINES[name], **{"train.precision": "bf16"})) for name in ("torch", "zero2")]
+    plain, zero = run_ranks(1, run_engines, runs, None)[0]
+    # Same autocast, same products; only the fp32 update differs in its order of operations.
+    assert_same(zero, plain, "zero2 in bf16")
