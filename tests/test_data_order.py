@@ -67,7 +67,7 @@ def test_the_order_is_the_one_defined(sizes: list[int], seed: int, window: int, 
 
 
 @given(shard_sizes, seeds, windows, st.lists(st.integers(0, 200), max_size=50))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 def test_any_positions_in_any_order_give_what_the_whole_gives(
     sizes: list[int], seed: int, window: int, positions: list[int]
 ) -> None:
