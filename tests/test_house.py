@@ -1,0 +1,183 @@
+"""What the front door promises: the README's code and commands, the pins, and how little an import or --help costs."""
+
+import ast
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+from PIL import Image
+
+from eqm_dist.config import Config, options
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def readme_block(marker: str) -> str:
+    """The one Python block of the README that contains ``marker``."""
+    (block,) = [block for block in PYTHON_BLOCKS if marker in block]
+    return block
+
+
+def python(*arguments: str) -> str:
+    """What a fresh interpreter prints, run in the root of the repository."""
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_python_block_of_the_readme_compiles() -> None:
+    assert PYTHON_BLOCKS
+    for block in PYTHON_BLOCKS:
+        compile(block, "README.md", "exec")
+
+
+def test_the_readme_use_of_the_numerics_runs_as_it_stands() -> None:
+    names: dict[str, Any] = {}
+    exec(readme_block("NesterovGradientDescent(step_size"), names)
+    result, field, loss, model = names["result"], names["field"], names["loss"], names["model"]
+    assert tuple(field.shape) == tuple(result.samples.shape) == (16, 1, 8, 8)
+    assert tuple(loss.shape) == (16,)
+    assert result.nfe.tolist() == [249] * 16
+    assert any(parameter.grad.abs().sum() > 0 for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_the_readme_turns_a_folder_of_images_into_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    for index, image in enumerate(pixels):
+        file = tmp_path / "my-images" / ("cat" if index < 3 else "dog") / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
+    monkeypatch.chdir(tmp_path)
+    exec(readme_block("class Folder"), {})
+
+    from eqm_dist.data.loader import ShardReader
+
+    reader = ShardReader("data/mine", verify_checksums=True)
+    moments, labels = reader.read(np.arange(4))
+    assert reader.num_classes == 2
+    assert reader.latent_shape == (3, 32, 32)
+    assert labels.tolist() == [0, 0, 0, 1]
+    means = moments[:, 0, :3].permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose((means + 1) * 127.5, pixels, atol=1e-4)  # 2**-23 of 255, and room for the division
+
+
+def test_every_command_of_the_readme_exists() -> None:
+    code = "\n".join(re.findall(r"```.*?```|`[^`]+`", README, flags=re.DOTALL))
+    keys = {key for key, _ in options(Config)} | {"help", "dry-run", "config", "preset", "launcher"}
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    asked_targets = set(re.findall(r"\bmake ([a-z-]+)", code))
+    scripts = set(re.findall(r"\b(?:pipelines|tuning)/\w+\.py\b", code))
+    flags = {flag for line in code.splitlines() if "ray " not in line for flag in re.findall(r"--([\w.-]+)", line)}
+    assert {"train", "test", "ui"} <= asked_targets <= targets
+    assert "pipelines/train.py" in scripts
+    assert [script for script in scripts if not (ROOT / script).is_file()] == []
+    assert {"dry-run", "train.steps"} <= flags <= keys
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"(?<!!)\[[^]]*\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_decisions_are_numbered_without_a_gap() -> None:
+    pages = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+    for number, page in enumerate(pages, start=1):
+        assert page.name.startswith(f"{number:04d}-")
+        assert page.read_text(encoding="utf-8").startswith(f"# {number}. ")
+
+
+def test_every_dependency_is_pinned_within_its_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = {
+        canonicalize_name(name): Version(version)
+        for name, version in (line.split("==") for line in lines if line and not line.startswith("#"))
+    }
+    asked = [Requirement(text) for text in (*project["dependencies"], *project["optional-dependencies"]["dev"])]
+    assert {requirement.name: str(requirement.specifier) for requirement in asked if not requirement.specifier} == {}
+    for requirement in asked:
+        assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+    # A local version (+cpu, +cu128) would decide for every machine which build it gets.
+    assert [name for name, version in pins.items() if version.local] == []
+
+
+def test_the_numerics_work_without_any_of_the_platform() -> None:
+    # The finder stands first, so that it is asked before any that could find the real package.
+    code = """
+import sys
+
+class Missing:
+    names = {"ray", "deepspeed", "mlflow", "webdataset", "boto3", "pydantic", "yaml", "sklearn", "torchmetrics", "PIL"}
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.split(".")[0] in cls.names:
+            raise ModuleNotFoundError(f"{name} is not installed")
+
+sys.meta_path.insert(0, Missing)
+import importlib, pkgutil
+import eqm_dist.core, eqm_dist.models, eqm_dist.rng
+for package in (eqm_dist.core, eqm_dist.models):
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+try:
+    import ray
+except ModuleNotFoundError:
+    print("without ray")
+"""
+    assert python("-c", code) == "without ray\n"
+
+
+@pytest.mark.parametrize("part", ["core", "rng.py"])
+def test_the_numerics_import_torch_and_numpy_only(part: str) -> None:
+    path = ROOT / "eqm_dist" / part
+    allowed = {"torch", "numpy", *sys.stdlib_module_names}
+    for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules = [node.module or ""]
+            else:
+                continue
+            for module in modules:
+                inside = module.startswith("eqm_dist.core") or module == "eqm_dist.errors"
+                assert inside or module.split(".")[0] in allowed, f"{file.name} imports {module}"
+
+
+def test_help_answers_at_once() -> None:
+    seconds = []
+    for _ in range(3):
+        before = os.times()
+        assert "--train.steps" in python("pipelines/train.py", "--help")
+        after = os.times()
+        # CPU time: what the answer takes on an idle machine, whatever else runs on this one.
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert statistics.median(seconds) < 1
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = """
+import runpy, sys
+sys.argv = ["pipelines/train.py", "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+print(sorted({"torch", "numpy", "ray", "deepspeed", "mlflow", "webdataset", "sklearn"} & set(sys.modules)))
+"""
+    assert python("-c", code).splitlines()[-1] == "[]"
