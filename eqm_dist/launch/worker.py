@@ -20,9 +20,8 @@ def run_to_end(opened: OpenRun, run: Run) -> None:
     if rank() == 0:
         device = torch.cuda.get_device_name(run.engine.device) if run.engine.device.type == "cuda" else "CPU"
         where = f"{world_size()} worker{'s' * (world_size() > 1)} on {device}"
-        begin = f"resuming at step {run.state.step:,}" if run.state.step else "starting"
-        logger.info("%s run %s: %s of %s steps, %s", begin, opened.config.run.name,
-                    f"{run.steps - run.state.step:,}", f"{run.steps:,}", where)  # fmt: skip
+        begin = f"resumes at step {run.state.step:,}" if run.state.step else "starts"
+        logger.info("run %s %s, %s steps in all, on %s", opened.config.run.name, begin, f"{run.steps:,}", where)
     started = time.perf_counter()
     try:
         train(run)

@@ -175,6 +175,8 @@ def _answers(tracking_uri: str, timeout_s: float) -> Iterator[Any]:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it narrates the making of its tables
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
         yield MlflowClient(tracking_uri)
     except (MlflowException, OSError) as error:
