@@ -38,19 +38,23 @@ processes = multiprocessing.get_context("forkserver")
 
 
 class Stripes:
-    """150 images [4, 6, 3] of random pixels, quick to make; ``delay_s`` a range."""
+    """150 images [4, 6, 3] of random pixels, in ``delay_s`` a range; ``log`` gets a line for each range read."""
 
     id = "stripes"
     num_classes = 7
 
-    def __init__(self, delay_s: float = 0.0) -> None:
+    def __init__(self, delay_s: float = 0.0, log: Path | None = None) -> None:
         self._delay_s = delay_s
+        self._log = log
 
     def __len__(self) -> int:
         return 150
 
     def read(self, start: int, stop: int) -> Iterator[LabelledImage]:
         time.sleep(self._delay_s)
+        if self._log is not None:
+            with self._log.open("a") as log:
+                log.write(f"{start} to {stop}\n")
         for index in range(start, stop):
             image = np.random.default_rng(index).integers(0, 256, (4, 6, 3), dtype=np.uint8)
             yield LabelledImage(f"folder/{index:04d}", image, index * index % 7)
@@ -71,15 +75,10 @@ class GaussianAutoencoder:
         raise NotImplementedError
 
 
-def write_stripes(directory: Path, delay_s: float = 0.0) -> None:
+def write_stripes(directory: Path, delay_s: float = 0.0, log: Path | None = None) -> None:
+    source = Stripes(delay_s, log)
     write_shards(
-        directory,
-        "stripes",
-        Stripes(delay_s),
-        IdentityAutoencoder(),
-        samples_per_shard=40,
-        dtype="float16",
-        mirror=True,
+        directory, "stripes", source, IdentityAutoencoder(), samples_per_shard=40, dtype="float16", mirror=True
     )
 
 
@@ -283,15 +282,41 @@ def test_a_writer_killed_again_and_again_at_random_gets_there(stripes: Path, tmp
     assert kills > 0
 
 
+def die_while_writing(directory: Path, limit: int) -> None:
+    """Write, and be killed by the kernel in the middle of the first file that grows beyond ``limit`` bytes."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    write_stripes(directory)
+
+
 @pytest.mark.usefixtures("_quick_processes")
-def test_several_processes_may_ask_at_once(stripes: Path, tmp_path: Path) -> None:
-    children = [processes.Process(target=write_stripes, args=(tmp_path, 0.02)) for _ in range(3)]
+@pytest.mark.parametrize(("limit", "victim"), [(100, "preparation.json"), (30_000, "stripes-000000.tar")])
+def test_a_writer_killed_in_the_middle_of_a_file_leaves_no_half_file(
+    stripes: Path, tmp_path: Path, limit: int, victim: str
+) -> None:
+    child = processes.Process(target=die_while_writing, args=(tmp_path, limit))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGXFSZ
+    [leftover] = tmp_path.glob(f".{victim}.*")
+    assert leftover.stat().st_size == limit
+    assert not (tmp_path / victim).exists()
+    write_stripes(tmp_path)
+    assert contents(tmp_path) == contents(stripes)
+
+
+@pytest.mark.usefixtures("_quick_processes")
+def test_several_processes_may_ask_at_once_and_one_does_the_work(stripes: Path, tmp_path: Path) -> None:
+    directory, log = tmp_path / "stripes", tmp_path / "log"
+    children = [processes.Process(target=write_stripes, args=(directory, 0.05, log)) for _ in range(3)]
     for child in children:
         child.start()
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0, 0, 0]
-    assert contents(tmp_path) == contents(stripes)
+    assert log.read_text().splitlines() == ["0 to 40", "40 to 80", "80 to 120", "120 to 150"]
+    assert contents(directory) == contents(stripes)
 
 
 def test_a_full_disk_is_named_and_what_was_written_stays(stripes: Path, tmp_path: Path) -> None:
