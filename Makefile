@@ -22,7 +22,7 @@ help: ## Show this list
 		printf '%-18s %s\n' "$$target" "$$text"; done
 
 train: $(STAMP) ## Train on the embedded digits; run it again to resume
-	$(IN_VENV) $(VENV)/bin/python pipelines/train.py $(ARGS)
+	@$(IN_VENV) $(VENV)/bin/python pipelines/train.py $(ARGS)
 
 test: $(STAMP) ## Run the tests, but for the slow ones
 	$(IN_VENV) $(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
@@ -38,7 +38,7 @@ lint: $(STAMP) ## Check style, formatting, types and the direction of imports
 
 ui: runs/mlflow.db $(STAMP) ## Serve the MLflow UI of runs/ on this machine only (UI_PORT=5000)
 	@echo "MLflow UI: http://127.0.0.1:$(UI_PORT) (Ctrl-C ends it)"
-	$(IN_VENV) MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(VENV)/bin/mlflow server \
+	@$(IN_VENV) MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(VENV)/bin/mlflow server \
 		--host 127.0.0.1 --port $(UI_PORT) --workers 1 --backend-store-uri "sqlite:///$(CURDIR)/runs/mlflow.db"
 
 runs/mlflow.db:
@@ -46,7 +46,7 @@ runs/mlflow.db:
 
 clean: ## Remove the environment, caches and build products; runs/ and data/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	find eqm_dist pipelines tuning benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone: with its version settled, the index of the machine decides between the CPU and the CUDA
 # build once, and nothing that is installed after it can ask for another.

@@ -45,7 +45,8 @@ from eqm_dist.models.sit import SiT
 from eqm_dist.models.sizes import SIZES, forward_macs, parameter_count, training_flops_per_image
 from eqm_dist.track.composite import CompositeTracker
 from eqm_dist.track.jsonl import JsonlTracker
-from eqm_dist.track.mlflow import MlflowRun, MlflowTracker, default_uri, open_run as open_mlflow_run
+from eqm_dist.track.mlflow import MlflowRun, MlflowTracker, default_uri
+from eqm_dist.track.mlflow import open_run as open_mlflow_run
 from eqm_dist.train.checkpoint import Checkpoints
 from eqm_dist.train.distributed import all_reduce_sum, from_rank_zero, rank, world_size
 from eqm_dist.train.engine import Engine, TorchEngine
@@ -100,14 +101,15 @@ def open_run(config: Config) -> OpenRun:
     return OpenRun(config, directory, _open_mlflow(config, root, directory) if config.track.mlflow else None)
 
 
-def build_run(opened: OpenRun, device: torch.device, on_checkpoint: Callable[[Path, int], None] | None) -> Run:
+def build_run(
+    opened: OpenRun, device: torch.device, on_checkpoint: Callable[[Path, int], None] = lambda path, step: None
+) -> Run:
     """All parts of a run on this worker, resumed from its newest checkpoint if it has one. A collective.
 
     Args:
         opened: what the driver prepared.
         device: this worker's device.
-        on_checkpoint: called on every rank after a checkpoint is whole; its owner then also removes old ones. None:
-            the run removes them itself.
+        on_checkpoint: called with path and step, on every rank, after a checkpoint is whole.
 
     Raises:
         ConfigError: an option cannot take effect on this device.
@@ -127,7 +129,7 @@ def build_run(opened: OpenRun, device: torch.device, on_checkpoint: Callable[[Pa
     frozen = {name: param.detach().cpu().clone() for name, param in model.named_parameters() if not param.requires_grad}
     engine = _build_engine(config, model, device, micro_batch, grad_accum)
 
-    checkpoints = Checkpoints(opened.directory / "checkpoints", None if on_checkpoint else config.checkpoint.keep)
+    checkpoints = Checkpoints(opened.directory / "checkpoints", config.checkpoint.keep)
     latest = from_rank_zero(checkpoints.latest())
     state = TrainState(checkpoints.load(latest, engine) if latest else 0)
 
@@ -158,7 +160,9 @@ def build_run(opened: OpenRun, device: torch.device, on_checkpoint: Callable[[Pa
             shape=config.optimizer.schedule,
         ),
         checkpoints=checkpoints,
-        evaluate=_build_evaluator(config, opened.directory, reader, autoencoder, device) if config.evaluation.every else None,
+        evaluate=_build_evaluator(config, opened.directory, reader, autoencoder, device)
+        if config.evaluation.every
+        else None,
         tracker=_build_tracker(opened, state.step) if rank() == 0 else None,
         shapes=shapes,
         frozen=frozen,
@@ -172,7 +176,7 @@ def build_run(opened: OpenRun, device: torch.device, on_checkpoint: Callable[[Pa
         evaluate_every=config.evaluation.every,
         flops_per_image=training_flops_per_image(forward_macs(**_shape_arguments(config))),
         peak_flops=peak_flops(device, config.train.precision, world),
-        on_checkpoint=on_checkpoint or (lambda path, step: None),
+        on_checkpoint=on_checkpoint,
         state=state,
     )
 
@@ -219,9 +223,7 @@ def build_field(config: Config, model: nn.Module, null_label: int) -> Conditiona
     """The field that samplers descend: the model, or minus the gradient of its energy, guided if so configured."""
     sampler = config.evaluation.sampler
     field = model if config.objective.energy == "none" else ExplicitEnergy(model, config.objective.energy)
-    return guided(
-        field, cfg_scale=sampler.cfg_scale, null_label=null_label, guided_channels=sampler.guided_channels
-    )
+    return guided(field, cfg_scale=sampler.cfg_scale, null_label=null_label, guided_channels=sampler.guided_channels)
 
 
 def build_autoencoder(manifest: Manifest) -> Autoencoder:
@@ -358,7 +360,9 @@ def _width_depth_heads(config: Config) -> tuple[int, int, int]:
     if model.size is not None:
         size = SIZES[model.size]
         return size.hidden_size, size.depth, size.num_heads
-    assert model.hidden_size and model.depth and model.num_heads
+    assert model.hidden_size is not None
+    assert model.depth is not None
+    assert model.num_heads is not None
     return model.hidden_size, model.depth, model.num_heads
 
 
@@ -406,9 +410,7 @@ def _build_engine(config: Config, model: nn.Module, device: torch.device, micro_
     from eqm_dist.train.deepspeed_engine import DeepSpeedEngine  # seconds to import, and not needed above
 
     stage = 2 if config.engine.zero_stage is None else config.engine.zero_stage
-    return DeepSpeedEngine(
-        model, optimizer, **common, zero_stage=stage, micro_batch=micro_batch, grad_accum=grad_accum
-    )
+    return DeepSpeedEngine(model, optimizer, **common, zero_stage=stage, micro_batch=micro_batch, grad_accum=grad_accum)
 
 
 def _build_evaluator(

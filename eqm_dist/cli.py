@@ -12,17 +12,26 @@ from typing import Any, NoReturn
 
 import yaml
 
-from eqm_dist.config import Config, annotation_name, options, read_yaml, with_overrides
+from eqm_dist.config import Config, annotation_name, options, read_yaml, suggestion, with_overrides
 from eqm_dist.errors import ConfigError, EqmDistError
 from eqm_dist.presets import PRESETS
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            raise ConfigError(
+                f"{flag} is not an option (command line); {suggestion(flag, self._option_string_actions)}"
+            )
+        return parsed
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message[0].upper()}{message[1:]}; see --help.")
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str | None) -> argparse.ArgumentParser:
     """A parser that knows every key of the config; a command adds its own flags to it."""
     command = _Parser(
         description=description,
@@ -32,16 +41,17 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     command.add_argument("--preset", choices=list(PRESETS), help="start from a named run (default: digits)")
     command.add_argument("--config", metavar="FILE", help="YAML file; runs/NAME/config.yaml starts that run again")
-    command.add_argument("--launcher", metavar="{ray,local}", dest="launch.launcher", help="short for --launch.launcher")
+    command.add_argument(
+        "--launcher", metavar="{ray,local}", dest="launch.launcher", help="short for --launch.launcher"
+    )
     groups: dict[str, Any] = {}
     for key, field in options(Config):
         section = key.split(".")[0]
         if section not in groups:
             groups[section] = command.add_argument_group(section, Config.model_fields[section].annotation.__doc__)
-        default = f" (default: {field.get_default()})" if not field.is_required() and field.default is not None else ""
-        groups[section].add_argument(
-            f"--{key}", metavar=annotation_name(field.annotation), help=f"{field.description}{default}".replace("%", "%%")
-        )
+        shown = not field.is_required() and field.default is not None
+        text = f"{field.description}{f' (default: {field.default})' * shown}".replace("%", "%%")
+        groups[section].add_argument(f"--{key}", metavar=annotation_name(field.annotation), help=text)
     return command
 
 
@@ -55,7 +65,7 @@ def config_from(arguments: argparse.Namespace) -> Config:
     if arguments.config:
         config = with_overrides(config, read_yaml(arguments.config), arguments.config)
     keys = [key for key, _ in options(Config)]
-    flags = {key: _value(text) for key in keys if (text := getattr(arguments, key, None)) is not None}
+    flags = {key: _value(key, text) for key in keys if (text := getattr(arguments, key, None)) is not None}
     return with_overrides(config, flags, "command line")
 
 
@@ -75,8 +85,13 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     sys.exit(0)
 
 
-def _value(text: str) -> Any:
+def _value(key: str, text: str) -> Any:
     """A flag's text as a value: lists and null as in YAML, everything else as text that the config converts."""
     if text == "null":
         return None
-    return yaml.safe_load(text) if text.startswith("[") else text
+    if not text.startswith("["):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{key} must be a list like [1,2], got {text} (command line).") from None

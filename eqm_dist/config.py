@@ -7,11 +7,11 @@ so that ``--help`` answers at once; nothing outside ``eqm_dist.build`` and ``eqm
 
 import difflib
 import typing
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from collections.abc import Collection, Iterator, Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from eqm_dist.errors import ConfigError
 
@@ -25,6 +25,14 @@ class Section(BaseModel):
     """Base of all sections: frozen, complete, unknown keys refused, finite numbers only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # To pydantic true is 1 and false is 0; in YAML yes, no, on and off are booleans too.
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError(f"should not be true or false, got {value}")
+        return value
 
 
 T = TypeVar("T", bound=Section)
@@ -42,8 +50,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _name_is_free(self) -> Self:
-        if self.name in ("data", "mlflow-artifacts"):
-            raise ValueError(f"name {self.name} is taken by a directory that all runs share; choose another")
+        if self.name in ("data", "mlflow-artifacts", "mlflow.db"):
+            raise ValueError(f"name {self.name} is taken by what all runs share; choose another")
         return self
 
 
@@ -87,7 +95,7 @@ class ModelConfig(Section):
         free = {"hidden_size": self.hidden_size, "depth": self.depth, "num_heads": self.num_heads}
         given = [name for name, value in free.items() if value is not None]
         if self.size is not None and given:
-            raise ValueError(f"size {self.size} already fixes {', '.join(given)}; give size=null or leave them out")
+            raise ValueError(f"size {self.size} already fixes {', '.join(given)}; set them to null, or size to null")
         if self.size is None and len(given) < 3:
             missing = [name for name in free if name not in given]
             raise ValueError(f"without a size, {', '.join(missing)} must be given; or choose size S, B, L or XL")
@@ -353,7 +361,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
+            flat |= flatten(cast("Mapping[str, Any]", value), f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
     return flat
@@ -416,7 +424,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise ConfigError(f"--config must name a YAML file, and {path} is not valid YAML: {line}.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--config must name a YAML file of sections, and {path} holds {type(values).__name__}.")
-    return flatten(values)
+    return flatten(cast("dict[str, Any]", values))
 
 
 def _sentence(section: type[Section], error: ValidationError, source: str) -> str:
@@ -434,10 +442,17 @@ def _sentence(section: type[Section], error: ValidationError, source: str) -> st
 
 
 def _unknown(section: type[Section], key: str, source: str) -> str:
-    known = [name for name, _ in options(section)]
-    close = difflib.get_close_matches(key, known, n=1)
-    remedy = f"did you mean {close[0]}?" if close else "see --help for all keys."
-    return f"{key} is not an option ({source}); {remedy}"
+    return f"{key} is not an option ({source}); {suggestion(key, [name for name, _ in options(section)])}"
+
+
+def suggestion(key: str, known: Collection[str]) -> str:
+    """What may have been meant by an unknown dotted key: a key with a similar last part, best in the same section."""
+    parent, _, name = key.rpartition(".")
+    similar = difflib.get_close_matches(name, {other.rpartition(".")[2] for other in known}, n=len(known))
+    candidates = [other for other in known if other.rpartition(".")[2] in similar]
+    siblings = [other for other in candidates if other.rpartition(".")[0] == parent]
+    best = difflib.get_close_matches(key, siblings or candidates, n=1, cutoff=0)
+    return f"did you mean {best[0]}?" if best else "see --help for all keys."
 
 
 def annotation_name(annotation: Any) -> str:

@@ -26,8 +26,8 @@ def digits() -> Config:
 def eqm_b2() -> Config:
     """EqM-B/2 on ImageNet 256x256, 80 epochs (paper, Tables 3 and 4).
 
-    Source: official code and README. Cost: about 51 GPU-hours on an H100 for XL/2 at 40% utilisation, a fifth of that for
-    B/2 (derived, not measured). Expected: FID-50K 32.85 with 249 evaluations of gradient descent at step size 0.003.
+    Source: official code and README. Cost: about 10 GPU-hours on an H100 at 40% utilisation (derived, not measured).
+    Expected: FID-50K 32.85 with 249 evaluations of gradient descent at step size 0.003.
     Command: ``python pipelines/train.py --preset eqm-b2 --data.shards DIR`` with your own ImageNet shards.
     """
     return _imagenet("eqm-b2", size="B", epochs=80)

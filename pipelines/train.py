@@ -1,9 +1,9 @@
 """Train a model: parse, check, run, report.
 
-    python pipelines/train.py                                      the embedded digits, on this machine
-    python pipelines/train.py --run.name mine --train.steps 500    any key of the config is a flag
-    python pipelines/train.py --launcher local                     one process, plain torch, no Ray
-    ray job submit --working-dir . -- python pipelines/train.py    on a cluster
+python pipelines/train.py                                      the embedded digits, on this machine
+python pipelines/train.py --run.name mine --train.steps 500    any key of the config is a flag
+python pipelines/train.py --launcher local                     one process, plain torch, no Ray
+ray job submit --working-dir . -- python pipelines/train.py    on a cluster
 """
 
 from collections.abc import Sequence

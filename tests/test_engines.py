@@ -9,8 +9,8 @@ import torch
 from eqm_dist.build import OpenRun, build_model, build_run, open_run
 from eqm_dist.config import Config, with_overrides
 from eqm_dist.presets import digits
-from eqm_dist.train.loop import train
 from eqm_dist.track.jsonl import read_metrics
+from eqm_dist.train.loop import train
 from tests.distributed import run_ranks
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.deepspeed]
@@ -66,7 +66,7 @@ def run_engines(rank: int, runs: list[OpenRun], stop_at: int | None) -> list[Cur
 
 
 def _run(rank: int, opened: OpenRun, stop_at: int | None) -> Curve | None:
-    run = build_run(opened, torch.device("cpu"), on_checkpoint=None)
+    run = build_run(opened, torch.device("cpu"))
     train(replace(run, steps=stop_at) if stop_at else run)
     ema = torch.cat([value.flatten() for value in run.averaged_weights().values()])
     lines = list(read_metrics(opened.directory / "metrics.jsonl"))
@@ -79,9 +79,9 @@ def assert_same(curve: Curve | None, reference: Curve | None, what: str) -> None
     assert reference is not None
     assert len(curve.losses) == len(reference.losses) == STEPS
     for part in ("losses", "grad_norms", "ema"):
-        torch.testing.assert_close(
-            getattr(curve, part), getattr(reference, part), rtol=TOLERANCE, atol=TOLERANCE, msg=lambda m: f"{what}, {part}: {m}"
-        )
+        found, expected = getattr(curve, part), getattr(reference, part)
+        difference = (found - expected).abs() / expected.abs().clamp(min=1)
+        assert difference.max() < TOLERANCE, f"{what}: {part} differ by {difference.max():.1e}"
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,9 @@ def _copy_run(source: Path, target: Path, name: str) -> None:
 
 
 def test_bf16_is_the_same_under_both_engines(tmp_path: Path) -> None:
-    runs = [open_run(config(tmp_path, name, **ENGINES[name], **{"train.precision": "bf16"})) for name in ("torch", "zero2")]
+    runs = [
+        open_run(config(tmp_path, name, **ENGINES[name], **{"train.precision": "bf16"})) for name in ("torch", "zero2")
+    ]
     plain, zero = run_ranks(1, run_engines, runs, None)[0]
     # Same autocast, same products; only the fp32 update differs in its order of operations.
     assert_same(zero, plain, "zero2 in bf16")

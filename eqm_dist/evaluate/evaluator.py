@@ -59,7 +59,7 @@ class Evaluator:
     def __call__(self, weights: Mapping[str, Tensor], step: int) -> tuple[dict[str, float], list[Path]]:
         """Metrics ``eval/...``, and on rank 0 the picture that was written. A collective."""
         self.model.load_state_dict(weights)
-        images, labels = self._generate()
+        images = self._generate()
         moments = feature_moments(self.extractor, images.split(self.batch), self._device)
         generated = moments.merged(self.all_reduce_sum)
         metrics = {
@@ -80,22 +80,20 @@ class Evaluator:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _generate(self) -> tuple[Tensor, Tensor]:
-        """This rank's part of the images [0, samples) and their labels."""
+    def _generate(self) -> Tensor:
+        """This rank's part of the images [0, samples)."""
         indices = torch.arange(*rank_range(0, self.samples, self.rank, self.world), device=self._device)
-        labels = balanced_labels(indices, self.reader.num_classes)
-        generated = generate(
+        return generate(
             self.field,
             indices=indices,
-            labels=labels,
+            labels=balanced_labels(indices, self.reader.num_classes),
             latent_shape=self.reader.latent_shape,
             sampler=self.sampler,
             evaluations=self.evaluations,
             seed=self.seed,
             decode=self.autoencoder.decode,
             batch=self.batch,
-        )
-        return generated.images, labels
+        ).images
 
     def _first_images(self, images: Tensor) -> Tensor:
         """The first images of all ranks' together, enough for the grid, on every rank."""

@@ -11,4 +11,4 @@ def train(opened: OpenRun) -> None:
     """Train to the last step."""
     setup_logging(log_file(opened.directory, 0))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run_to_end(opened, build_run(opened, device, on_checkpoint=None))
+    run_to_end(opened, build_run(opened, device))

@@ -1,7 +1,6 @@
 """The run on Ray Train: placement, recovery, and nothing that changes a number.
 
-Ray's run directory is ours. Checkpoints are written there in place and only reported to Ray, which keeps the list and
-removes old ones (docs/decisions/0006).
+Ray's run directory is ours. Checkpoints are written there in place and only reported to Ray (docs/decisions/0006).
 """
 
 import logging
@@ -11,15 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
-from ray.train import (
-    Checkpoint,
-    CheckpointConfig,
-    CheckpointUploadMode,
-    FailureConfig,
-    RunConfig,
-    ScalingConfig,
-    UserCallback,
-)
+from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from eqm_dist.build import OpenRun, build_run, plan_batch
@@ -32,6 +23,7 @@ from eqm_dist.track.mlflow import MlflowRun
 from eqm_dist.train.distributed import rank
 
 _COLLECTIVE_TIMEOUT_S = 1800
+_RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 def train(opened: OpenRun) -> None:
@@ -57,17 +49,19 @@ def train(opened: OpenRun) -> None:
             name=opened.config.run.name,
             storage_path=str(opened.directory.parent),
             failure_config=FailureConfig(max_failures=launch.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=opened.config.checkpoint.keep),
             callbacks=[_Failures(log_file(opened.directory, 0))],
         ),
     )
+    # Ray's list of an earlier job names checkpoints that were removed since, and Ray refuses to start without them.
+    # What there is to resume from is decided by the markers alone.
+    (opened.directory / _RAY_SNAPSHOT).unlink(missing_ok=True)
     with FileFollower(log_file(opened.directory, 0)):
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _cause(error) or LaunchError(
-                f"Ray gave up on the run {opened.config.run.name}: {str(error).strip().splitlines()[-1]} The logs of the"
-                f" workers are in {opened.directory / 'logs'}; run the same command again to resume."
+                f"Ray gave up on the run {opened.config.run.name}: {str(error).strip().splitlines()[-1]} The workers'"
+                f" logs are in {opened.directory / 'logs'}; run the same command again to resume."
             ) from error
 
 
@@ -76,10 +70,10 @@ def _worker(packed: dict[str, Any]) -> None:
     opened = _unpack(packed)
     setup_logging(log_file(opened.directory, rank()), console=False)
     run = build_run(opened, get_device(), _report)
-    registered = ray.train.get_checkpoint()
-    if run.state.step and (registered is None or Path(registered.path).name != run.checkpoints.path(run.state.step).name):
-        # Whole, but the worker died before Ray heard of it.
-        _report(run.checkpoints.path(run.state.step), run.state.step)
+    if run.state.step:
+        path, registered = run.checkpoints.path(run.state.step), ray.train.get_checkpoint()
+        if registered is None or Path(registered.path).name != path.name:
+            _report(path, run.state.step)  # of an earlier job, or whole but Ray had not heard of it yet
     run_to_end(opened, run)
 
 
@@ -110,7 +104,9 @@ class _Failures(UserCallback):
         setup_logging(self._file, console=False)
         for at, cause in causes.items():
             reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-            logging.getLogger(__name__).warning("worker %d failed (%s); restarting from the last checkpoint", at, reason)
+            logging.getLogger(__name__).warning(
+                "worker %d failed (%s); restarting from the last checkpoint", at, reason
+            )
 
 
 def _cause(error: Exception) -> EqmDistError | None:

@@ -77,7 +77,9 @@ def _closing_report(opened: OpenRun, result: dict[str, Any]) -> str:
     if opened.mlflow is not None:
         lines["MLflow"] = _ui_command(opened.mlflow.tracking_uri, directory.parent)
     width = max(map(len, lines))
-    return "\n".join(["", f"run {result['run']} is complete", *(f"  {key:<{width}}  {text}" for key, text in lines.items())])
+    return "\n".join(
+        ["", f"run {result['run']} is complete", *(f"  {key:<{width}}  {text}" for key, text in lines.items())]
+    )
 
 
 def _ui_command(tracking_uri: str, root: Path) -> str:

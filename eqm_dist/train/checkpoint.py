@@ -68,11 +68,11 @@ class Checkpoints:
 
     Attributes:
         directory: holds one directory per checkpoint.
-        keep: number of newest checkpoints to keep; None leaves the removal to somebody else (Ray Train).
+        keep: number of newest checkpoints to keep.
     """
 
     directory: Path
-    keep: int | None = None
+    keep: int
 
     def path(self, step: int) -> Path:
         """Directory of the checkpoint after ``step`` updates."""
@@ -159,7 +159,12 @@ class Checkpoints:
 
     @staticmethod
     def _fill(
-        values: Tensor, start: int, pieces: list[tuple[int, str, str]], readers: Mapping[str, Any], what: str, path: Path
+        values: Tensor,
+        start: int,
+        pieces: list[tuple[int, str, str]],
+        readers: Mapping[str, Any],
+        what: str,
+        path: Path,
     ) -> None:
         stop, filled = start + values.numel(), 0
         for offset, name, key in pieces:
@@ -171,7 +176,7 @@ class Checkpoints:
         if filled != values.numel():
             raise CheckpointError(
                 f"A checkpoint must hold every state that the run needs, but {path} has {filled:,} of "
-                f"{values.numel():,} elements of {what}; use the model and optimizer settings that the run started with."
+                f"{values.numel():,} elements of {what}; keep the model and optimizer settings of the run's start."
             )
 
     def _all_or_none(self, step: int, outcome: dict[str, Any] | EqmDistError) -> dict[str, Any]:
@@ -188,7 +193,7 @@ class Checkpoints:
         return {name: record for part in outcomes for name, record in part.items()}
 
     def _retire(self) -> None:
-        if self.keep is not None and rank() == 0:
+        if rank() == 0:
             for old in self.whole()[: -self.keep]:
                 (old / MARKER).unlink()  # first, so that a half-removed checkpoint is not a checkpoint
                 shutil.rmtree(old, ignore_errors=True)

@@ -74,7 +74,8 @@ class DeepSpeedEngine:
         self.replicated = zero_stage == 0
         self._stage = zero_stage
         self._clip = float("inf") if gradient_clip is None else gradient_clip
-        self._names = {param: name for name, param in model.named_parameters() if param.requires_grad}
+        # DeepSpeed hangs its own attributes on parameters, which no type knows of.
+        self._names: dict[Any, str] = {param: name for name, param in model.named_parameters() if param.requires_grad}
         self._base = optimizer
         config = deepspeed_config(
             zero_stage=zero_stage,
@@ -84,7 +85,9 @@ class DeepSpeedEngine:
             world_size=world_size(),
             gradient_clip=gradient_clip,
         )
-        self._engine, self._zero, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        engine, zero, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self._engine: Any = engine
+        self._zero: Any = zero
         optimizer.initialize_state(self._flat_weights())
 
     @property
@@ -137,7 +140,9 @@ class DeepSpeedEngine:
         """The tensors that the base optimizer really updates."""
         if self._stage == 0:
             return list(self._names)
-        return self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._zero.single_partition_of_fp32_groups
+        if self._stage == 3:
+            return self._zero.fp32_partitioned_groups_flat
+        return self._zero.single_partition_of_fp32_groups
 
     def _pieces(self, key: str | None) -> Iterator[tuple[str, int, Tensor]]:
         """Name, offset and values of this rank's piece of each parameter's weight (``key`` None) or state."""
