@@ -160,7 +160,7 @@ def build_run(
             shape=config.optimizer.schedule,
         ),
         checkpoints=checkpoints,
-        evaluate=_build_evaluator(config, opened.directory, reader, autoencoder, device)
+        evaluate=build_evaluator(config, opened.directory, reader, autoencoder, device)
         if config.evaluation.every
         else None,
         tracker=_build_tracker(opened, state.step) if rank() == 0 else None,
@@ -413,9 +413,10 @@ def _build_engine(config: Config, model: nn.Module, device: torch.device, micro_
     return DeepSpeedEngine(model, optimizer, **common, zero_stage=stage, micro_batch=micro_batch, grad_accum=grad_accum)
 
 
-def _build_evaluator(
+def build_evaluator(
     config: Config, directory: Path, reader: ShardReader, autoencoder: Autoencoder, device: torch.device
 ) -> Evaluator:
+    """What measures a run while it trains. A collective when called, so every rank builds one."""
     model = build_model(config).to(device).eval()
     evaluation = config.evaluation
     return Evaluator(

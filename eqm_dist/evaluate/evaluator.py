@@ -104,7 +104,7 @@ class Evaluator:
         first[start:stop] = images[: stop - start].int()
         return self.all_reduce_sum(first).to(torch.uint8).cpu()
 
-    def _real_images(self, start: int, stop: int) -> Iterator[Tensor]:
+    def real_images(self, start: int, stop: int) -> Iterator[Tensor]:
         """The training images [start, stop) as the autoencoder gives them back from the means, batch by batch."""
         for first in range(start, stop, self.batch):
             moments, _ = self.reader.read(np.arange(first, min(stop, first + self.batch)))
@@ -116,11 +116,11 @@ class Evaluator:
     @cached_property
     def _reference(self) -> FeatureMoments:
         part = rank_range(0, self.reader.manifest.num_samples, self.rank, self.world)
-        return feature_moments(self.extractor, self._real_images(*part), self._device).merged(self.all_reduce_sum)
+        return feature_moments(self.extractor, self.real_images(*part), self._device).merged(self.all_reduce_sum)
 
     @cached_property
     def _yardstick(self) -> float:
         if self.rank:  # only rank 0's figures are recorded
             return float("nan")
-        images = torch.cat(list(self._real_images(0, self.reader.manifest.num_samples)))
+        images = torch.cat(list(self.real_images(0, self.reader.manifest.num_samples)))
         return half_split_fid(images, self.extractor, self.seed)
