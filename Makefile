@@ -10,7 +10,7 @@ CHECK_PYTHON := import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not i
 PYTHON ?= $(shell for name in python3.11 python3.12 python3 python; do \
 	if $$name -c '$(CHECK_PYTHON)' >/dev/null 2>&1; then command -v $$name; break; fi; done)
 
-# Programs that a run starts (ninja, ray) are looked up on PATH, as in an activated environment.
+# Programs that a run starts (ray) are looked up on PATH, as in an activated environment.
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
 

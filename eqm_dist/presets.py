@@ -15,9 +15,9 @@ def digits() -> Config:
         Config,
         {
             "run": {"name": "digits"},
-            "model": {"hidden_size": 128, "depth": 4, "num_heads": 4, "patch_size": 2},
-            "optimizer": {"learning_rate": 1e-3, "warmup_steps": 100, "schedule": "cosine", "ema_decays": [0.995]},
-            "evaluation": {"sampler": {"name": "gd", "step_size": 0.01, "evaluations": 74}},
+            "model": {"hidden_size": 96, "depth": 4, "num_heads": 4, "patch_size": 2},
+            "optimizer": {"learning_rate": 2e-3, "warmup_steps": 100, "schedule": "cosine", "ema_decays": [0.99]},
+            "evaluation": {"sampler": {"name": "nag", "step_size": 0.02, "momentum": 0.6, "evaluations": 24}},
         },
         "preset digits",
     )
