@@ -4,10 +4,12 @@ Only this file imports mlflow. The driver opens the run and keeps its id in the 
 through a client. Ray's own helpers open a new run at each restart, so they are not used (docs/decisions).
 """
 
+import getpass
 import json
 import logging
 import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -71,7 +73,12 @@ def open_run(
             client.update_run(run.run_id, status="RUNNING")
         else:
             experiment_id = _experiment_id(client, experiment, run_directory.parent, tracking_uri)
-            tags = {"mlflow.runName": name, "eqm_dist.run_directory": str(run_directory)}
+            tags = {
+                "mlflow.runName": name,
+                "mlflow.user": getpass.getuser(),
+                "mlflow.source.name": Path(sys.argv[0]).name,
+                "eqm_dist.run_directory": str(run_directory),
+            }
             created = client.create_run(experiment_id, tags=tags)
             run = MlflowRun(tracking_uri, created.info.run_id, timeout_s)
             atomic_write(record, json.dumps(asdict(run)).encode())
@@ -130,6 +137,7 @@ class MlflowTracker:
             logger.warning("warning: MLflow did not take the last metrics; metrics.jsonl has them all.")
 
     def _send(self) -> None:
+        monitor = self._start_system_metrics()
         warned = False
         while (job := self._jobs.get()) is not None:
             while True:
@@ -142,6 +150,15 @@ class MlflowTracker:
                         logger.warning("warning: %s Training goes on; what is missed is sent later.", error)
                     warned = True
                     time.sleep(2)
+        monitor.finish()
+
+    def _start_system_metrics(self) -> Any:
+        """Use of CPU, memory, disk, network and GPUs of rank 0's machine, every ten seconds."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        monitor = SystemMetricsMonitor(self._run.run_id, resume_logging=True, tracking_uri=self._run.tracking_uri)
+        monitor.start()
+        return monitor
 
     def _send_metrics(self, client: Any, timestamp_ms: int, step: int, metrics: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
@@ -163,7 +180,10 @@ def _experiment_id(client: Any, name: str, root: Path, tracking_uri: str) -> str
         return found.experiment_id
     # A server knows where its artifacts go; a bare store would put them below the current directory.
     location = None if tracking_uri.startswith("http") else (root / "mlflow-artifacts").as_uri()
-    return client.create_experiment(name, artifact_location=location)
+    # Without the kind the UI opens in its view for language models.
+    return client.create_experiment(
+        name, artifact_location=location, tags={"mlflow.experimentKind": "custom_model_development"}
+    )
 
 
 @contextmanager
