@@ -55,11 +55,12 @@ from eqm_dist.train.meters import peak_flops
 from eqm_dist.train.optimizer import EmaAdamW, ema_key
 from eqm_dist.train.schedule import LearningRateSchedule
 from eqm_dist.train.state import TrainState
-from eqm_dist.train.step import TrainingStep
+from eqm_dist.train.step import Objective, TrainingStep
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 MANIFEST_COPY = "manifest.json"
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -123,28 +124,32 @@ def build_run(
     grad_accum, micro_batch = plan_batch(config, world)
 
     reader = ShardReader(config.data.shards or "", verify_checksums=config.data.verify_checksums)
-    autoencoder = build_autoencoder(reader.manifest)
     model = build_model(config).to(device)
     shapes = {name: param.shape for name, param in model.named_parameters() if param.requires_grad}
     frozen = {name: param.detach().cpu().clone() for name, param in model.named_parameters() if not param.requires_grad}
-    engine = _build_engine(config, model, device, micro_batch, grad_accum)
+    loss = TrainingStep(
+        loss=_build_loss(config),
+        seed=config.run.seed,
+        latent_scale=reader.manifest.latent_scale,
+        latent_shift=reader.manifest.latent_shift,
+        label_dropout=config.objective.label_dropout,
+        null_label=config.data.num_classes,
+        flip=config.data.flip,
+    )
+    engine = _build_engine(config, Objective(model, loss), device, micro_batch, grad_accum)
 
-    checkpoints = Checkpoints(opened.directory / "checkpoints", config.checkpoint.keep)
+    checkpoints = Checkpoints(opened.directory / CHECKPOINTS, config.checkpoint.keep)
     latest = from_rank_zero(checkpoints.latest())
-    state = TrainState(checkpoints.load(latest, engine) if latest else 0)
+    state = TrainState(checkpoints.load(latest, engine, shapes) if latest else 0)
+    if state.step > config.train.steps:
+        raise ConfigError(
+            f"train.steps={config.train.steps} must be at least the {state.step} steps that the run {config.run.name}"
+            " has made already; raise it, or start another run with --run.name."
+        )
 
     order = SampleOrder(reader.shard_sizes, config.run.seed, config.data.window_shards)
     return Run(
         engine=engine,
-        loss=TrainingStep(
-            loss=_build_loss(config),
-            seed=config.run.seed,
-            latent_scale=reader.manifest.latent_scale,
-            latent_shift=reader.manifest.latent_shift,
-            label_dropout=config.objective.label_dropout,
-            null_label=config.data.num_classes,
-            flip=config.data.flip,
-        ),
         loader=Loader(
             reader,
             order,
@@ -160,7 +165,7 @@ def build_run(
             shape=config.optimizer.schedule,
         ),
         checkpoints=checkpoints,
-        evaluate=build_evaluator(config, opened.directory, reader, autoencoder, device)
+        evaluate=build_evaluator(config, opened.directory, reader, build_autoencoder(reader.manifest), device)
         if config.evaluation.every
         else None,
         tracker=_build_tracker(opened, state.step) if rank() == 0 else None,
@@ -324,9 +329,10 @@ def _check_data(config: Config, manifest: Manifest) -> None:
 
 
 def _check_same_run(config: Config, directory: Path, manifest: Manifest) -> None:
-    """A run goes on only as what it was."""
+    """A run that has begun goes on only as what it was."""
     file = directory / CONFIG_FILE
-    if not file.exists():
+    begun = (directory / METRICS_FILE).exists() or (directory / CHECKPOINTS).exists()
+    if not begun or not file.exists():  # an attempt that failed before its first step binds nobody
         return
     before = flatten(dump(parse(Config, yaml.safe_load(file.read_text(encoding="utf-8")), str(file))))
     for key, value in flatten(dump(config)).items():
@@ -335,6 +341,12 @@ def _check_same_run(config: Config, directory: Path, manifest: Manifest) -> None
                 f"{key} was {before[key]} when the run {config.run.name} started and is now {value};"
                 f" start another run with --run.name, or delete {directory} to start this one over."
             )
+    if before["train.steps"] != config.train.steps and config.optimizer.schedule != "constant":
+        raise ConfigError(
+            f"train.steps was {before['train.steps']} when the run {config.run.name} started and is now"
+            f" {config.train.steps}, which would change the learning rates of its {config.optimizer.schedule} schedule;"
+            " keep it, or start another run with --run.name."
+        )
     copy = directory / MANIFEST_COPY
     if copy.exists() and Manifest.model_validate_json(copy.read_bytes()) != manifest:
         raise DataError(
@@ -390,10 +402,12 @@ def _build_loss(config: Config) -> Callable[..., torch.Tensor]:
     return lambda model, *inputs, **draws: eqm_loss(ExplicitEnergy(model, kind), *inputs, **draws, decay=decay)
 
 
-def _build_engine(config: Config, model: nn.Module, device: torch.device, micro_batch: int, grad_accum: int) -> Engine:
+def _build_engine(
+    config: Config, objective: Objective, device: torch.device, micro_batch: int, grad_accum: int
+) -> Engine:
     settings = config.optimizer
     optimizer = EmaAdamW(
-        [param for param in model.parameters() if param.requires_grad],
+        objective.trained_parameters().values(),
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.eps,
@@ -406,11 +420,13 @@ def _build_engine(config: Config, model: nn.Module, device: torch.device, micro_
         "gradient_clip": settings.gradient_clip,
     }
     if config.engine.kind == "torch" or config.launch.launcher == "local":
-        return TorchEngine(model, optimizer, **common)
+        return TorchEngine(objective, optimizer, **common)
     from eqm_dist.train.deepspeed_engine import DeepSpeedEngine  # seconds to import, and not needed above
 
     stage = 2 if config.engine.zero_stage is None else config.engine.zero_stage
-    return DeepSpeedEngine(model, optimizer, **common, zero_stage=stage, micro_batch=micro_batch, grad_accum=grad_accum)
+    return DeepSpeedEngine(
+        objective, optimizer, **common, zero_stage=stage, micro_batch=micro_batch, grad_accum=grad_accum
+    )
 
 
 def build_evaluator(

@@ -34,6 +34,7 @@ class _Parser(argparse.ArgumentParser):
 def parser(description: str | None) -> argparse.ArgumentParser:
     """A parser that knows every key of the config; a command adds its own flags to it."""
     command = _Parser(
+        usage="%(prog)s [--preset NAME] [--config FILE] [--SECTION.KEY VALUE ...]",  # the whole list is below
         description=description,
         epilog="Precedence: defaults < --preset < --config < flags. Running the same command again resumes the run.",
         formatter_class=argparse.RawDescriptionHelpFormatter,

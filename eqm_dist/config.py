@@ -328,6 +328,11 @@ class Config(Section):
                 "objective.energy=l2 cannot start from a zero output layer, whose gradient stays zero;"
                 " set model.zero_init=false"
             )
+        if self.objective.energy != "none" and self.engine.zero_stage == 3:
+            raise ValueError(
+                f"objective.energy={self.objective.energy} differentiates the model inside its loss, when ZeRO stage 3"
+                " has given the weights away again; use engine.zero_stage 0, 1 or 2"
+            )
         if self.objective.kind == "flow_matching" and self.evaluation.every:
             raise ValueError(
                 "evaluation descends a field that is blind to time, which objective.kind=flow_matching is not;"

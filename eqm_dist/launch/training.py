@@ -1,5 +1,7 @@
 """A training run from its config to its last line: what ``pipelines/train.py`` calls."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ from eqm_dist.build import METRICS_FILE, OpenRun, derived_numbers, open_run, ste
 from eqm_dist.config import Config, to_yaml
 from eqm_dist.launch import local
 from eqm_dist.logs import setup_logging
-from eqm_dist.track.mlflow import close_run, default_uri
+from eqm_dist.track.mlflow import MlflowRun, close_run, default_uri
 from eqm_dist.track.result import read_result
 
 
@@ -29,31 +31,38 @@ def train(config: Config) -> str:
     if warning := step_size_warning(config):
         print(f"warning: {warning}")
     opened = open_run(config)
-    result = read_result(opened.directory)
-    if result is None or result["step"] < config.train.steps:
-        _run(opened)
+    with _final_status(opened.mlflow):
         result = read_result(opened.directory)
-        assert result is not None
+        if result is None or result["step"] < config.train.steps:
+            _run(opened)
+            result = read_result(opened.directory)
+            assert result is not None
     return _closing_report(opened, result)
 
 
 def _run(opened: OpenRun) -> None:
+    if opened.config.launch.launcher == "local":
+        local.train(opened)
+        return
+    from eqm_dist.launch import ray_cluster, ray_train  # a local run works without Ray
+
+    with ray_cluster.cluster():
+        ray_train.train(opened)
+
+
+@contextmanager
+def _final_status(mlflow: MlflowRun | None) -> Iterator[None]:
+    """Leave the MLflow run with the status of how the work inside ended."""
     status = "FAILED"
     try:
-        if opened.config.launch.launcher == "local":
-            local.train(opened)
-        else:
-            from eqm_dist.launch import ray_cluster, ray_train  # a local run works without Ray
-
-            with ray_cluster.cluster():
-                ray_train.train(opened)
+        yield
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
-        if opened.mlflow is not None:
-            close_run(opened.mlflow, status)
+        if mlflow is not None:
+            close_run(mlflow, status)
 
 
 def _closing_report(opened: OpenRun, result: dict[str, Any]) -> str:

@@ -18,17 +18,17 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from eqm_dist.data.storage import atomic_write, storage_errors
+from eqm_dist.data.storage import atomic_write, fsync_directory, storage_errors
 from eqm_dist.errors import CheckpointError, EqmDistError, StorageError
 from eqm_dist.train.distributed import all_reduce_sum, from_rank_zero, gather_objects, rank, world_size
-from eqm_dist.train.engine import Engine
+from eqm_dist.train.engine import WEIGHT, Engine, Fragment
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,7 @@ class Checkpoints:
         try:
             with storage_errors("create", target):
                 target.mkdir(parents=True, exist_ok=True)
+                fsync_directory(self.directory)  # the marker's sync does not cover the name of its directory
             if rank() == 0 or not engine.replicated:
                 writers = 1 if engine.replicated else world_size()
                 pieces = {
@@ -129,55 +130,44 @@ class Checkpoints:
         self._retire()
         return target
 
-    def load(self, path: Path, engine: Engine) -> int:
+    def load(self, path: Path, engine: Engine, shapes: Mapping[str, torch.Size]) -> int:
         """Overwrite the engine's state with a checkpoint's; returns its step.
 
         Each rank reads only the ranges that it holds.
 
+        Args:
+            path: the checkpoint.
+            engine: receives its state.
+            shapes: shape of each trained parameter by name, to know a checkpoint of another model.
+
         Raises:
-            CheckpointError: a file is missing, damaged, or lacks a state that the engine needs.
+            CheckpointError: a file is missing, damaged, of another model, or lacks a state that the engine needs.
         """
         marker = read_marker(path)
         _verify(path, marker, part=rank(), parts=world_size())
-        files = {name: path / name for name in marker["files"] if name.startswith("state-")}
-        pieces: dict[tuple[str, str], list[tuple[int, str, str]]] = defaultdict(list)
+        pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
         try:
-            readers = {name: safe_open(file, framework="pt") for name, file in files.items()}
-            for name, reader in readers.items():
-                for key in reader.keys():  # noqa: SIM118 (a safetensors reader is not a mapping)
-                    state, parameter, start = key.split("/")
-                    pieces[state, parameter].append((int(start), name, key))
+            for file in marker["files"]:
+                if file.startswith("state-"):
+                    reader = safe_open(path / file, framework="pt")
+                    for key in reader.keys():  # noqa: SIM118 (a safetensors reader is not a mapping)
+                        state, parameter, start = key.split("/")
+                        pieces[state, parameter].append(_Piece(int(start), reader.get_slice(key)))
+            _check_model(pieces, shapes, path)
             for fragment in engine.fragments():
-                self._fill(fragment.values, fragment.start, pieces[fragment.state, fragment.name], readers,
-                           what=f"{fragment.state} of {fragment.name}", path=path)  # fmt: skip
+                filled = _fill(fragment, pieces[fragment.state, fragment.name])
+                if filled != fragment.values.numel():
+                    raise CheckpointError(
+                        f"A checkpoint must hold every state that the run needs, but {path} has {filled:,} of"
+                        f" {fragment.values.numel():,} elements of {fragment.state} of {fragment.name}; keep the model"
+                        " and optimizer settings of the run's start."
+                    )
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
                 f"The checkpoint {path} cannot be read ({error}); delete that directory to resume from the one before."
             ) from error
         engine.restored(marker["step"])
         return marker["step"]
-
-    @staticmethod
-    def _fill(
-        values: Tensor,
-        start: int,
-        pieces: list[tuple[int, str, str]],
-        readers: Mapping[str, Any],
-        what: str,
-        path: Path,
-    ) -> None:
-        stop, filled = start + values.numel(), 0
-        for offset, name, key in pieces:
-            saved = readers[name].get_slice(key)
-            low, high = max(start, offset), min(stop, offset + saved.get_shape()[0])
-            if low < high:
-                values[low - start : high - start] = saved[low - offset : high - offset].to(values.device)
-                filled += high - low
-        if filled != values.numel():
-            raise CheckpointError(
-                f"A checkpoint must hold every state that the run needs, but {path} has {filled:,} of "
-                f"{values.numel():,} elements of {what}; keep the model and optimizer settings of the run's start."
-            )
 
     def _all_or_none(self, step: int, outcome: dict[str, Any] | EqmDistError) -> dict[str, Any]:
         """Every rank's outcome merged, or the first failure raised on every rank: nobody waits for a failed one."""
@@ -193,9 +183,10 @@ class Checkpoints:
         return {name: record for part in outcomes for name, record in part.items()}
 
     def _retire(self) -> None:
+        """Remove all but the newest checkpoints, and what killed saves and removals left behind."""
         if rank() == 0:
-            for old in self.whole()[: -self.keep]:
-                (old / MARKER).unlink()  # first, so that a half-removed checkpoint is not a checkpoint
+            for old in set(self.directory.glob("step_*")) - set(self.whole()[-self.keep :]):
+                (old / MARKER).unlink(missing_ok=True)  # first: a half-removed checkpoint is not a checkpoint
                 shutil.rmtree(old, ignore_errors=True)
 
 
@@ -211,14 +202,18 @@ def read_marker(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"A checkpoint must have format {FORMAT}, but {path} has {marker['format']}; use the matching release."
             )
+        if not isinstance(marker["step"], int):
+            raise TypeError(f"step {marker['step']!r}")
+        for record in marker["files"].values():
+            bytes.fromhex(record["sha256"])
         return marker
     except FileNotFoundError:
         raise CheckpointError(
             f"A checkpoint must have a {MARKER}, but {path} has none; it was not finished, use another."
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path / MARKER} is damaged ({error}); delete that directory to resume from the one before."
+            f"{path / MARKER} is damaged ({error!r}); delete that directory to resume from the one before."
         ) from error
 
 
@@ -237,6 +232,42 @@ def _verify(path: Path, marker: Mapping[str, Any], part: int, parts: int) -> Non
                 f"{path / name} is damaged: its sha256 is {found[:12]}..., its marker says {record['sha256'][:12]}...;"
                 f" delete {path} to resume from the one before."
             )
+
+
+class _Piece(NamedTuple):
+    """A saved range of one state of one parameter."""
+
+    start: int
+    values: Any
+    """A slice of a safetensors file: only what it is indexed with is read."""
+
+    @property
+    def numel(self) -> int:
+        return self.values.get_shape()[0]
+
+
+def _check_model(pieces: Mapping[tuple[str, str], list[_Piece]], shapes: Mapping[str, torch.Size], path: Path) -> None:
+    """A piece of another model may well fill a range of this one, so whole parameters are compared."""
+    saved = {name: sum(piece.numel for piece in parts) for (state, name), parts in pieces.items() if state == WEIGHT}
+    expected = {name: shape.numel() for name, shape in shapes.items()}
+    for name in sorted(saved.keys() | expected.keys()):
+        if saved.get(name) != expected.get(name):
+            raise CheckpointError(
+                f"A checkpoint must be of the run's model, but {path} has {saved.get(name, 0):,} weights in {name} and"
+                f" the model has {expected.get(name, 0):,}; keep the model settings of the run's start."
+            )
+
+
+def _fill(fragment: Fragment, pieces: list[_Piece]) -> int:
+    """Copy what the pieces have of a fragment into it; returns the number of elements."""
+    start, stop, filled = fragment.start, fragment.start + fragment.values.numel(), 0
+    for piece in pieces:
+        low, high = max(start, piece.start), min(stop, piece.start + piece.numel)
+        if low < high:
+            read = piece.values[low - piece.start : high - piece.start]
+            fragment.values[low - start : high - start] = read.to(fragment.values.device)
+            filled += high - low
+    return filled
 
 
 def _serialize(tensors: Mapping[str, Tensor]) -> bytes:

@@ -5,15 +5,17 @@ checkpoints, which lose the averages or refuse another number of workers (docs/d
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from eqm_dist.data.loader import Batch
 from eqm_dist.train.distributed import rank, world_size
 from eqm_dist.train.engine import WEIGHT, Fragment, Precision
 from eqm_dist.train.optimizer import EmaAdamW
+from eqm_dist.train.step import Objective
 
 
 def deepspeed_config(
@@ -50,11 +52,11 @@ def deepspeed_config(
 
 
 class DeepSpeedEngine:
-    """A model under ``deepspeed.initialize``."""
+    """An objective under ``deepspeed.initialize``."""
 
     def __init__(
         self,
-        model: nn.Module,
+        objective: Objective,
         optimizer: EmaAdamW,
         *,
         device: torch.device,
@@ -75,7 +77,7 @@ class DeepSpeedEngine:
         self._stage = zero_stage
         self._clip = float("inf") if gradient_clip is None else gradient_clip
         # DeepSpeed hangs its own attributes on parameters, which no type knows of.
-        self._names: dict[Any, str] = {param: name for name, param in model.named_parameters() if param.requires_grad}
+        self._names: dict[Any, str] = {param: name for name, param in objective.trained_parameters().items()}
         self._base = optimizer
         config = deepspeed_config(
             zero_stage=zero_stage,
@@ -85,15 +87,14 @@ class DeepSpeedEngine:
             world_size=world_size(),
             gradient_clip=gradient_clip,
         )
-        engine, zero, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        engine, zero, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
         self._engine: Any = engine
         self._zero: Any = zero
         optimizer.initialize_state(self._flat_weights())
 
-    @property
-    def forward(self) -> Callable[..., Tensor]:
-        """The wrapped model."""
-        return self._engine
+    def losses(self, batch: Batch) -> Tensor:
+        """The wrapped objective."""
+        return self._engine(batch)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """DeepSpeed averages gradients over ranks and micro-batches; the factor turns that into a plain sum."""

@@ -4,15 +4,16 @@ An engine owns the model, the gradients and the optimizer. The loop gives it a l
 mean over the global batch, so that an engine only ever sums over ranks (docs/decisions/0003).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from eqm_dist.data.loader import Batch
 from eqm_dist.train.distributed import all_reduce_sum
 from eqm_dist.train.optimizer import EmaAdamW
+from eqm_dist.train.step import Objective
 
 Precision = Literal["fp32", "tf32", "bf16"]
 WEIGHT = "weight"
@@ -43,9 +44,8 @@ class Engine(Protocol):
     replicated: bool
     """Whether every rank holds everything (then rank 0 alone saves) or its own fragments only."""
 
-    @property
-    def forward(self) -> Callable[..., Tensor]:
-        """The model in training form: ``forward(x_gamma, labels[, gamma])``."""
+    def losses(self, batch: Batch) -> Tensor:
+        """Loss of each sample [n], ready for ``backward``."""
         ...
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -72,7 +72,7 @@ class TorchEngine:
 
     def __init__(
         self,
-        model: nn.Module,
+        objective: Objective,
         optimizer: EmaAdamW,
         *,
         device: torch.device,
@@ -80,30 +80,30 @@ class TorchEngine:
         gradient_clip: float | None = None,
     ) -> None:
         self.device = device
-        self._model = model
+        self._objective = objective
         self._optimizer = optimizer
         self._clip = float("inf") if gradient_clip is None else gradient_clip
         self._bf16 = precision == "bf16"
-        self._parameters = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-        optimizer.initialize_state(param for _, param in self._parameters)
+        self._parameters = objective.trained_parameters()
+        optimizer.initialize_state(self._parameters.values())
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """The model, under bf16 autocast if so configured."""
+    def losses(self, batch: Batch) -> Tensor:
+        """The objective, under bf16 autocast if so configured."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
-            return self._model(*inputs)
+            return self._objective(batch)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulate locally; after the last micro-batch, sum over ranks."""
         loss.backward()
         if last:
-            for _, param in self._parameters:
+            for param in self._parameters.values():
                 if param.grad is None:
                     param.grad = torch.zeros_like(param)
                 all_reduce_sum(param.grad)
 
     def step(self, learning_rate: float) -> Tensor:
         """Clip, update, forget the gradients."""
-        norm = nn.utils.clip_grad_norm_([param for _, param in self._parameters], self._clip)
+        norm = nn.utils.clip_grad_norm_(list(self._parameters.values()), self._clip)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
@@ -113,7 +113,7 @@ class TorchEngine:
     def fragments(self) -> list[Fragment]:
         """Every state of every trained parameter, whole."""
         pieces = []
-        for name, param in self._parameters:
+        for name, param in self._parameters.items():
             pieces.append(Fragment(name, WEIGHT, 0, param.detach().view(-1)))
             states = self._optimizer.state[param]
             pieces += [Fragment(name, key, 0, states[key].view(-1)) for key in self._optimizer.state_keys]
@@ -121,5 +121,5 @@ class TorchEngine:
 
     def restored(self, step: int) -> None:
         """Set the step count of the bias correction."""
-        for _, param in self._parameters:
+        for param in self._parameters.values():
             self._optimizer.state[param]["step"].fill_(step)

@@ -21,7 +21,6 @@ from eqm_dist.train.engine import Engine
 from eqm_dist.train.meters import Interval, Meters
 from eqm_dist.train.schedule import LearningRateSchedule
 from eqm_dist.train.state import TrainState
-from eqm_dist.train.step import TrainingStep
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +54,7 @@ class Run:
     """All parts of a run, made by ``eqm_dist.build``.
 
     Attributes:
-        engine: model, gradients and optimizer.
-        loss: from a batch to per-sample losses.
+        engine: objective, gradients and optimizer.
         loader: this rank's share of every global batch.
         schedule: learning rate by step.
         checkpoints: where state is saved.
@@ -76,7 +74,6 @@ class Run:
     """
 
     engine: Engine
-    loss: TrainingStep
     loader: Loader
     schedule: LearningRateSchedule
     checkpoints: Checkpoints
@@ -141,7 +138,7 @@ def _update(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
     total = torch.zeros((), device=device)
     micro_batches = batch.to(device).split(run.grad_accum)
     for index, micro_batch in enumerate(micro_batches):
-        share = run.loss(run.engine.forward, micro_batch).sum() / run.global_batch
+        share = run.engine.losses(micro_batch).sum() / run.global_batch
         run.engine.backward(share, last=index == len(micro_batches) - 1)
         total += share.detach()
     return total, run.engine.step(run.schedule(run.state.step))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eqm_dist import rng
 from eqm_dist.data.loader import Batch
@@ -55,3 +55,24 @@ class TrainingStep:
         dropped = rng.uniform(self.seed, rng.Stream.LABEL_DROPOUT, positions) < self.label_dropout
         labels = torch.where(dropped, self.null_label, batch.labels)
         return self.loss(model, latents, labels, gamma=gamma, noise=noise)
+
+
+class Objective(nn.Module):
+    """Model and loss as one module: batch -> loss of each sample [n].
+
+    Engines wrap this rather than the model, so that all that a loss does with its model lies inside one forward pass:
+    the inner derivative of an explicit energy must not meet the hooks that DeepSpeed puts on a forward pass's output.
+    """
+
+    def __init__(self, model: nn.Module, loss: TrainingStep) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Loss of each sample [n]."""
+        return self.loss(self.model, batch)
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by their names in the model."""
+        return {name: param for name, param in self.model.named_parameters() if param.requires_grad}
