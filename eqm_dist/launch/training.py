@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from eqm_dist.build import METRICS_FILE, OpenRun, derived_numbers, open_run, step_size_warning
+from eqm_dist.build import CHECKPOINTS, METRICS_FILE, OpenRun, derived_numbers, open_run, step_size_warning
 from eqm_dist.config import Config, to_yaml
 from eqm_dist.launch import local
 from eqm_dist.logs import setup_logging
@@ -70,7 +70,7 @@ def _closing_report(opened: OpenRun, result: dict[str, Any]) -> str:
     lines = {
         "steps": f"{result['step']:,} ({result['images_seen']:,} images)",
         "final loss": f"{metrics['train/loss']:.4f}",
-        "speed": f"{metrics['throughput/images_per_s']:,.0f} images/s on {result['workers']} workers",
+        "speed": f"{result['images_per_s']:,.0f} images/s (median), workers: {result['workers']}",
     }
     if "eval/fid" in metrics:
         fid, yardstick = metrics["eval/fid"], metrics["eval/fid_yardstick"]
@@ -80,15 +80,20 @@ def _closing_report(opened: OpenRun, result: dict[str, Any]) -> str:
         )
     samples = sorted(directory.glob("samples/*.png"))
     if samples:
-        lines["samples"] = str(samples[-1])
-    lines |= {"checkpoints": str(directory / "checkpoints"), "metrics": str(directory / METRICS_FILE)}
-    lines["run directory"] = str(directory)
+        lines["samples"] = _shown(samples[-1])
+    lines |= {"checkpoints": _shown(directory / CHECKPOINTS), "metrics": _shown(directory / METRICS_FILE)}
+    lines["run directory"] = _shown(directory)
     if opened.mlflow is not None:
         lines["MLflow"] = _ui_command(opened.mlflow.tracking_uri, directory.parent)
     width = max(map(len, lines))
     return "\n".join(
         ["", f"run {result['run']} is complete", *(f"  {key:<{width}}  {text}" for key, text in lines.items())]
     )
+
+
+def _shown(path: Path) -> str:
+    """As short as it can be typed here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _ui_command(tracking_uri: str, root: Path) -> str:

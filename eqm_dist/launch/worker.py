@@ -2,12 +2,13 @@
 
 import logging
 import time
+from statistics import median
 
 import torch
 
 from eqm_dist.build import METRICS_FILE, OpenRun
 from eqm_dist.config import dump
-from eqm_dist.track.jsonl import last_values
+from eqm_dist.track.jsonl import last_values, read_metrics
 from eqm_dist.track.result import write_result
 from eqm_dist.train.distributed import rank, world_size
 from eqm_dist.train.loop import Run, train
@@ -36,6 +37,11 @@ def run_to_end(opened: OpenRun, run: Run) -> None:
                 "step": run.state.step,
                 "images_seen": run.state.images_seen(run.global_batch),
                 "metrics": last_values(opened.directory / METRICS_FILE),
+                "images_per_s": median(
+                    line["throughput/images_per_s"]
+                    for line in read_metrics(opened.directory / METRICS_FILE)
+                    if "throughput/images_per_s" in line
+                ),
                 "workers": world_size(),
                 "last_attempt_s": time.perf_counter() - started,
                 "config": dump(opened.config),

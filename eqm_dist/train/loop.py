@@ -185,7 +185,7 @@ def _evaluate(run: Run) -> None:
         run.tracker.log(run.state.step, {**metrics, "time/evaluation_s": seconds})
         for picture in pictures:
             run.tracker.log_image(run.state.step, picture.stem.split("_step")[0], picture)
-        figures = " | ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in metrics.items())
+        figures = " | ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
         logger.info("evaluated step %s in %.0f s | %s", f"{run.state.step:,}", seconds, figures)
 
 
@@ -194,7 +194,8 @@ def _save(run: Run) -> None:
     path = run.checkpoints.save(run.engine, run.state.step, run.averaged_weights(), run.config_yaml)
     run.on_checkpoint(path, run.state.step)
     if rank() == 0:
-        logger.info("saved step %s in %.1f s | %s", f"{run.state.step:,}", time.perf_counter() - started, path)
+        seconds = time.perf_counter() - started
+        logger.info("saved step %s in %.1f s | %s/%s", f"{run.state.step:,}", seconds, path.parent.name, path.name)
 
 
 def _peak_gib(device: torch.device) -> float:
