@@ -257,7 +257,7 @@ class SamplerConfig(Section):
     @model_validator(mode="after")
     def _only_what_takes_effect(self) -> Self:
         if self.momentum is not None and self.name != "nag":
-            raise ValueError(f"momentum has no effect on {self.name}; use name=nag or leave it out")
+            raise ValueError(f"momentum has no effect on {self.name}; use name=nag or set it to null")
         if self.guided_channels is not None and self.cfg_scale == 1:
             raise ValueError("guided_channels has no effect with cfg_scale=1; leave it out or raise cfg_scale")
         return self

@@ -197,7 +197,10 @@ def test_one_sentence_for_several_wrong_values() -> None:
         ({"launch.launcher": "local", "engine.kind": "deepspeed"}, "launch.launcher=local is one plain process"),
         ({"objective.energy": "dot", "engine.zero_stage": 3}, "use engine.zero_stage 0, 1 or 2"),
         ({"launch.launcher": "local", "engine.zero_stage": 0}, "engine.zero_stage has no effect with launch.launcher"),
-        ({"evaluation.sampler.momentum": 0.3}, "momentum has no effect on gd"),
+        (
+            {"evaluation.sampler.name": "gd", "evaluation.sampler.momentum": 0.3},
+            "momentum has no effect on gd; use name=nag or set it to null",
+        ),
         ({"evaluation.sampler.guided_channels": 1}, "guided_channels has no effect with cfg_scale=1"),
         ({"track.mlflow": False, "track.mlflow_uri": "x"}, "mlflow_uri has no effect with mlflow=false"),
         ({"track.mlflow": False, "track.experiment": "x"}, "experiment has no effect with mlflow=false"),
