@@ -1,0 +1,387 @@
+"""Checkpoints: exact, whole or absent, and damage is named."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from eqm_dist.build import build_model, build_run, open_run
+from eqm_dist.config import Config
+from eqm_dist.errors import CheckpointError
+from eqm_dist.track.jsonl import read_metrics
+from eqm_dist.train.checkpoint import EMA_FILE, MARKER, read_marker
+from eqm_dist.train.loop import Run, train
+from tests import tiny
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+STATE_FILE = "state-0000-of-0001.safetensors"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_blots(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    """The root of a run of six steps that was saved after 2, 4 and 6."""
+    root = tmp_path_factory.mktemp("trained")
+    train(start(tiny.config(root, shards)))
+    return root
+
+
+@pytest.fixture
+def root(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the trained run to do damage to."""
+    shutil.copytree(trained / "tiny" / "checkpoints", tmp_path / "tiny" / "checkpoints")
+    return tmp_path
+
+
+def start(config: Config) -> Run:
+    return build_run(open_run(config), CPU)
+
+
+def state(run: Run) -> dict[tuple[str, str], Tensor]:
+    """Everything an engine holds, by state and parameter."""
+    return {(piece.state, piece.name): piece.values.clone() for piece in run.engine.fragments()}
+
+
+def checkpoint(root: Path, step: int) -> Path:
+    return root / "tiny" / "checkpoints" / f"step_{step:08d}"
+
+
+def assert_equal(found: dict[Any, Tensor], expected: dict[Any, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [key for key, value in expected.items() if not torch.equal(found[key], value)] == []
+
+
+# --- exactness ---
+
+
+def test_a_loaded_state_is_the_saved_one_bit_for_bit(shards: Path, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path, shards, **{"optimizer.ema_decays": [0.9, 0.99]})
+    run = start(config)
+    train(run)
+    saved = state(run)
+    fresh = start(tiny.config(tmp_path, shards, **{"optimizer.ema_decays": [0.9, 0.99], "run.name": "fresh"}))
+    assert any(not torch.equal(value, saved[key]) for key, value in state(fresh).items())
+    assert fresh.checkpoints.load(checkpoint(tmp_path, 6), fresh.engine, fresh.shapes) == 6
+    assert_equal(state(fresh), saved)
+    assert {key for key, _ in saved} == {"weight", "exp_avg", "exp_avg_sq", "ema_0.9", "ema_0.99"}
+
+
+@pytest.mark.parametrize("stop_at", [2, 4])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    stop_at: int, trained: Path, shards: Path, tmp_path: Path
+) -> None:
+    config = tiny.config(tmp_path, shards)
+    train(replace(start(config), steps=stop_at))
+    resumed = start(config)
+    assert resumed.state.step == stop_at
+    train(resumed)
+    for name in (STATE_FILE, EMA_FILE):
+        assert (checkpoint(tmp_path, 6) / name).read_bytes() == (checkpoint(trained, 6) / name).read_bytes()
+    curves = [
+        [
+            (line["step"], line["train/loss"], line["train/grad_norm"])
+            for line in read_metrics(root / "tiny/metrics.jsonl")
+        ]
+        for root in (tmp_path, trained)
+    ]
+    assert [step for step, _, _ in curves[0]] == [1, 2, 3, 4, 5, 6]
+    assert curves[0] == curves[1]
+
+
+def test_the_averages_are_exported_as_a_state_dict(root: Path, shards: Path) -> None:
+    config = tiny.config(root, shards)
+    run = start(config)
+    weights = safetensors.torch.load_file(checkpoint(root, 6) / EMA_FILE)
+    model = build_model(config)
+    initial = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(weights)  # strict: every name and shape
+    averages = {name: values for (kind, name), values in state(run).items() if kind == run.ema_state}
+    for name, value in model.state_dict().items():
+        assert torch.equal(value.flatten(), averages[name] if name in averages else initial[name].flatten()), name
+    assert set(weights) - set(averages) == {"pos_embed"}
+    assert any(not torch.equal(weights[name], initial[name]) for name in averages)
+
+
+def test_the_newest_checkpoints_are_kept(shards: Path, tmp_path: Path) -> None:
+    run = start(tiny.config(tmp_path, shards, **{"checkpoint.every": 1, "checkpoint.keep": 2, "train.steps": 5}))
+    train(run)
+    assert run.checkpoints.whole() == [checkpoint(tmp_path, 4), checkpoint(tmp_path, 5)]
+    assert sorted((tmp_path / "tiny" / "checkpoints").iterdir()) == run.checkpoints.whole()
+
+
+# --- whole or absent ---
+
+
+def test_a_directory_without_a_marker_is_no_checkpoint(root: Path, shards: Path) -> None:
+    (checkpoint(root, 6) / MARKER).unlink()
+    damaged = checkpoint(root, 6) / STATE_FILE
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:1000])
+    (checkpoint(root, 6) / ".left.tmp").write_bytes(b"by a writer that was killed")
+    config = tiny.config(root, shards)
+    run = start(config)
+    assert run.checkpoints.latest() == checkpoint(root, 4)
+    assert run.state.step == 4
+    train(run)
+    assert damaged.read_bytes() == whole
+    assert sorted(path.name for path in checkpoint(root, 6).iterdir()) == sorted(
+        [MARKER, "config.yaml", EMA_FILE, STATE_FILE]
+    )
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(root: Path, shards: Path) -> None:
+    orphan = checkpoint(root, 5)  # of an attempt that saved at other steps
+    orphan.mkdir()
+    (orphan / STATE_FILE).write_bytes(b"half")
+    (checkpoint(root, 6) / MARKER).unlink()
+    run = start(tiny.config(root, shards))
+    train(run)
+    assert sorted((root / "tiny" / "checkpoints").iterdir()) == [checkpoint(root, step) for step in (2, 4, 6)]
+
+
+# Imports once, then turns into a saver for each line of input; a killed saver is followed by the next.
+SAVERS = """
+import os, sys
+from pathlib import Path
+import torch
+from eqm_dist.build import build_run, open_run
+from tests import tiny
+
+torch.set_num_threads(1)
+config = tiny.config(Path(sys.argv[1]), Path(sys.argv[2]), **{"train.steps": 1_000_000})
+build_run(open_run(config), torch.device("cpu"))  # so that what torch imports late is there
+for _ in sys.stdin:
+    if pid := os.fork():
+        os.waitpid(pid, 0)
+        continue
+    run = build_run(open_run(config), torch.device("cpu"))
+    print(os.getpid(), flush=True)
+    for step in range(run.state.step + 1, 1_000_000):
+        for piece in run.engine.fragments():
+            piece.values.fill_(step)
+        run.checkpoints.save(run.engine, step, run.averaged_weights(), "")
+"""
+
+
+def test_a_kill_at_any_instant_leaves_a_whole_checkpoint(shards: Path, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path, shards, **{"train.steps": 1_000_000})
+    instants, newest, interrupted = random.Random(0), 0, 0
+    savers = subprocess.Popen(
+        [sys.executable, "-c", SAVERS, str(tmp_path), str(shards)],
+        cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    with savers:
+        assert savers.stdin is not None
+        assert savers.stdout is not None
+        for _ in range(12):
+            print("next", file=savers.stdin, flush=True)
+            pid = int(savers.stdout.readline())
+            time.sleep(instants.uniform(0.02, 0.2))
+            os.kill(pid, signal.SIGKILL)
+            while Path(f"/proc/{pid}").exists():
+                time.sleep(0.001)
+            run = start(config)  # verifies and reads the newest checkpoint, or raises
+            assert run.state.step >= newest
+            assert all((piece.values == run.state.step).all() for piece in run.engine.fragments() if run.state.step)
+            newest = run.state.step
+            interrupted += set(run.checkpoints.directory.glob("step_*")) != set(run.checkpoints.whole())
+    assert newest > 0
+    assert interrupted > 0  # kills did fall into the middle of a save
+
+
+# --- damage ---
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", [STATE_FILE, EMA_FILE, "config.yaml"])
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (cut, "is damaged: its sha256 is "),
+        (flip_a_bit, "is damaged: its sha256 is "),
+        (Path.unlink, "cannot be read (No such file or directory); "),
+    ],
+)
+def test_a_damaged_file_is_named(
+    file: str, damage: Callable[[Path], None], sentence: str, root: Path, shards: Path
+) -> None:
+    damage(checkpoint(root, 6) / file)
+    config = tiny.config(root, shards)
+    with pytest.raises(CheckpointError) as raised:
+        start(config)
+    assert f"{checkpoint(root, 6) / file} {sentence}" in str(raised.value)
+    assert str(raised.value).endswith(f"delete {checkpoint(root, 6)} to resume from the one before.")
+    shutil.rmtree(checkpoint(root, 6))
+    assert start(config).state.step == 4
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x00\xff", b"[]", b"7", b"{}", b'{"format": 1}', b'{"format": 1, "step": 6}',
+     b'{"format": 1, "step": "six", "files": {}}', b'{"format": 1, "step": 6, "files": []}',
+     b'{"format": 1, "step": 6, "files": {"x": {}}}', b'{"format": 1, "step": 6, "files": {"x": {"sha256": "?"}}}'],
+)  # fmt: skip
+def test_a_marker_of_rubbish_is_named(content: bytes, root: Path, shards: Path) -> None:
+    (checkpoint(root, 6) / MARKER).write_bytes(content)
+    with pytest.raises(CheckpointError, match=re.escape(f"{checkpoint(root, 6) / MARKER} is damaged (")):
+        start(tiny.config(root, shards))
+
+
+def test_a_marker_of_another_format_asks_for_the_release_that_wrote_it(root: Path, shards: Path) -> None:
+    marker = checkpoint(root, 6) / MARKER
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format": 2}))
+    with pytest.raises(CheckpointError, match=r"must have format 1, but .* has 2; use the matching release"):
+        start(tiny.config(root, shards))
+
+
+def test_a_checkpoint_without_a_marker_cannot_be_asked_for(root: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"must have a COMPLETE.json, but .* has none"):
+        read_marker(root)
+
+
+def replace_states(directory: Path, content: bytes) -> None:
+    """Other states under a marker that vouches for them."""
+    (directory / STATE_FILE).write_bytes(content)
+    marker = json.loads((directory / MARKER).read_text())
+    marker["files"][STATE_FILE] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (directory / MARKER).write_text(json.dumps(marker))
+
+
+@pytest.mark.parametrize("missing", ["ema_0.99", "exp_avg_sq"])
+def test_a_state_that_is_missing_is_named(missing: str, root: Path, shards: Path) -> None:
+    tensors = safetensors.torch.load_file(checkpoint(root, 6) / STATE_FILE)
+    kept = {key: value for key, value in tensors.items() if not key.startswith(f"{missing}/")}
+    assert len(kept) < len(tensors)
+    replace_states(checkpoint(root, 6), safetensors.torch.save(kept))
+    with pytest.raises(CheckpointError, match=rf"must hold every state .* has 0 of [\d,]+ elements of {missing} of "):
+        start(tiny.config(root, shards))
+
+
+def test_a_part_that_is_missing_is_counted(root: Path, shards: Path) -> None:
+    tensors = safetensors.torch.load_file(checkpoint(root, 6) / STATE_FILE)
+    key = "exp_avg/blocks.0.attn.qkv.weight/0"
+    whole = tensors[key].numel()
+    tensors[key] = tensors[key][: whole - 5]
+    replace_states(checkpoint(root, 6), safetensors.torch.save(tensors))
+    with pytest.raises(
+        CheckpointError, match=rf"has {whole - 5:,} of {whole:,} elements of exp_avg of blocks.0.attn.qkv"
+    ):
+        start(tiny.config(root, shards))
+
+
+@pytest.mark.parametrize("content", [b"", b"no safetensors", safetensors.torch.save({"weight": torch.zeros(1)})])
+def test_states_that_cannot_be_read_are_named(content: bytes, root: Path, shards: Path) -> None:
+    replace_states(checkpoint(root, 6), content)
+    with pytest.raises(
+        CheckpointError, match=rf"The checkpoint {re.escape(str(checkpoint(root, 6)))} cannot be read \("
+    ):
+        start(tiny.config(root, shards))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [{"model.hidden_size": 8}, {"model.hidden_size": 32}, {"model.depth": 2}, {"model.patch_size": 4},
+     {"model.learn_sigma": True}],
+    ids=str,
+)  # fmt: skip
+def test_a_checkpoint_of_another_model_is_refused(model: dict[str, Any], root: Path, shards: Path) -> None:
+    other = start(tiny.config(root, shards, **model, **{"run.name": "other"}))
+    before = state(other)
+    with pytest.raises(CheckpointError, match=r"must be of the run's model, but .* weights in .* and the model has"):
+        other.checkpoints.load(checkpoint(root, 6), other.engine, other.shapes)
+    assert_equal(state(other), before)
+
+
+def test_a_deeper_checkpoint_does_not_load_into_a_shallower_model(shards: Path, tmp_path: Path) -> None:
+    deep = start(tiny.config(tmp_path, shards, **{"model.depth": 2}))
+    train(deep)
+    shallow = start(tiny.config(tmp_path, shards, **{"run.name": "shallow"}))
+    with pytest.raises(CheckpointError, match=r"weights in blocks\.1\..* and the model has 0;"):
+        shallow.checkpoints.load(checkpoint(tmp_path, 6), shallow.engine, shallow.shapes)
+
+
+# --- a full disk ---
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, trained: Path) -> Iterator[Path]:
+    """A file system with room for one and a half checkpoints."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    room = sum(file.stat().st_size for file in checkpoint(trained, 6).iterdir()) * 3 // 2 + 64 * 1024
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if mount.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mount.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_costs_nothing_but_the_failed_save(small_disk: Path, shards: Path, trained: Path) -> None:
+    flags = tiny.flags(tiny.overrides(small_disk, shards))
+    ended = tiny.train(*flags)
+    assert ended.code == 1
+    good = checkpoint(small_disk, 2)
+    assert re.fullmatch(
+        rf"error: Saving step 4 failed on rank 0: Cannot write {checkpoint(small_disk, 4)}/\S+: No space left on"
+        rf" device; free space or choose another directory\. Nothing was lost: the last good checkpoint is {good}\.\n",
+        ended.err,
+    )
+    assert list((small_disk / "tiny" / "checkpoints").iterdir()) == [good]
+    assert start(tiny.config(small_disk, shards)).state.step == 2
+
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    assert tiny.train(*flags).code == 0
+    assert (checkpoint(small_disk, 6) / STATE_FILE).read_bytes() == (checkpoint(trained, 6) / STATE_FILE).read_bytes()
+
+
+def test_the_command_names_the_last_good_checkpoint_when_it_cannot_save(root: Path, shards: Path) -> None:
+    shutil.rmtree(checkpoint(root, 6))
+    largest = (checkpoint(root, 4) / STATE_FILE).stat().st_size
+    code = f"""
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, ({largest - 1}, {largest - 1}))
+runpy.run_path("pipelines/train.py", run_name="__main__")
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *tiny.flags(tiny.overrides(root, shards))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: Saving step 6 failed on rank 0: Cannot write ")
+    assert "File too large; free space" in ended.stderr
+    assert ended.stderr.endswith(f"Nothing was lost: the last good checkpoint is {checkpoint(root, 4)}.\n")
+    assert ended.stderr.count("\n") == 1
+    assert start(tiny.config(root, shards)).state.step == 4
