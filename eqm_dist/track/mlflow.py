@@ -190,18 +190,26 @@ def _experiment_id(client: Any, name: str, root: Path, tracking_uri: str) -> str
 def _answers(tracking_uri: str, timeout_s: float) -> Iterator[Any]:
     """A client of the store, with every failure as one sentence."""
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(max(1, round(timeout_s)))
-    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # each would wait as long again
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # it narrates the making of its tables
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
         yield MlflowClient(tracking_uri)
-    except (MlflowException, OSError) as error:
-        reason = str(error).splitlines()[0][:300]
+    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
         raise TrackingError(
-            f"The MLflow store {tracking_uri} must answer, but it did not ({reason}); "
+            f"The MLflow store {tracking_uri} must answer, but it did not ({_root_cause(error)}); "
             "start the server, correct --track.mlflow_uri, or use --track.mlflow false."
         ) from error
+
+
+def _root_cause(error: BaseException) -> str:
+    """What lies under the layers of HTTP and database clients: "Connection refused", "file is not a database"."""
+    cause = error.__cause__ or error.__context__
+    while cause is not None and not isinstance(cause, LookupError):
+        error, cause = cause, cause.__cause__ or cause.__context__
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
