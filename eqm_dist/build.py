@@ -44,7 +44,7 @@ from eqm_dist.models.autoencoder import Autoencoder, IdentityAutoencoder
 from eqm_dist.models.sit import SiT
 from eqm_dist.models.sizes import SIZES, forward_macs, parameter_count, training_flops_per_image
 from eqm_dist.track.composite import CompositeTracker
-from eqm_dist.track.jsonl import JsonlTracker
+from eqm_dist.track.jsonl import JsonlTracker, read_metrics
 from eqm_dist.track.mlflow import MlflowRun, MlflowTracker, default_uri
 from eqm_dist.track.mlflow import open_run as open_mlflow_run
 from eqm_dist.train.checkpoint import Checkpoints
@@ -326,6 +326,13 @@ def _check_data(config: Config, manifest: Manifest) -> None:
             f"data.flip=true needs shards that hold mirrored images, and those in {config.data.shards} do not;"
             " set data.flip=false or prepare them with --mirror."
         )
+    if config.evaluation.every:
+        build_autoencoder(manifest)
+        if manifest.latent_shape != (1, 8, 8):
+            raise ConfigError(
+                f"evaluation.extractor={config.evaluation.extractor} knows images of shape [1, 8, 8] only, and those in"
+                f" {config.data.shards} have {list(manifest.latent_shape)}; set evaluation.every=0."
+            )
 
 
 def _check_same_run(config: Config, directory: Path, manifest: Manifest) -> None:
@@ -455,7 +462,8 @@ def build_evaluator(
 
 
 def _build_tracker(opened: OpenRun, resume_step: int) -> CompositeTracker:
-    trackers: list[Any] = [JsonlTracker(opened.directory / METRICS_FILE, resume_step)]
+    file = opened.directory / METRICS_FILE
+    trackers: list[Any] = [JsonlTracker(file, resume_step)]  # first: it drops the steps that are done again
     if opened.mlflow is not None:
-        trackers.append(MlflowTracker(opened.mlflow))
+        trackers.append(MlflowTracker(opened.mlflow, read_metrics(file)))
     return CompositeTracker(trackers)

@@ -41,7 +41,7 @@ T = TypeVar("T", bound=Section)
 class RunConfig(Section):
     """Which run this is. The same name in the same root is the same run: starting it again resumes it."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "digits"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = "digits"
     """Name of the run; also the name of its directory."""
     root: str | None = None
     """Directory that holds all runs; default: runs/ here, or ~/eqm-dist-runs inside a submitted Ray job."""

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ import ray
 
 from eqm_dist.errors import LaunchError
 
+_CONNECT_TIMEOUT_S = 10
 _MOST_CPU_WORKERS = 4  # beyond that, exchanging gradients on a CPU costs more than it saves
 
 
@@ -29,19 +32,33 @@ def cluster() -> Iterator[None]:
     Raises:
         LaunchError: RAY_ADDRESS names a cluster that does not answer.
     """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if match := re.fullmatch(r"(?P<host>[^:/]+):(?P<port>\d+)", address):
+        _check_answers(address, match["host"], int(match["port"]))
     try:
         # The driver shows rank 0's own log; Ray's copies of it would only repeat the lines.
         ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, include_dashboard=None)
     except (ConnectionError, RuntimeError) as error:
-        address = os.environ.get("RAY_ADDRESS", "none set")
-        raise LaunchError(
-            f"RAY_ADDRESS must name a Ray cluster that answers, got {address} ({str(error).splitlines()[0]});"
-            " start it with `ray start --head`, or unset RAY_ADDRESS to use this machine."
-        ) from error
+        raise _no_cluster(address, error) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str, host: str, port: int) -> None:
+    # Ray itself goes on trying for minutes, in silence.
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> LaunchError:
+    return LaunchError(
+        f"RAY_ADDRESS must name a Ray cluster that answers, got {address or 'none'} ({str(error).splitlines()[0]});"
+        " start it with `ray start --head`, or unset RAY_ADDRESS to use this machine."
+    )
 
 
 def offer(workers: int | None, cpus_per_worker: int | None) -> Offer:

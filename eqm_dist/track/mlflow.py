@@ -12,7 +12,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,10 +109,13 @@ class MlflowTracker:
     is not sent twice.
     """
 
-    def __init__(self, run: MlflowRun) -> None:
+    def __init__(self, run: MlflowRun, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
+        """``earlier``: the lines of metrics.jsonl; what a killed attempt wrote there but had not sent is sent now."""
         self._run = run
         self._last_sent: dict[str, int] = {}
         self._jobs: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
+        for line in earlier:
+            self.log(line["step"], {key: value for key, value in line.items() if key != "step"})
         self._thread = threading.Thread(target=self._send, name="mlflow-tracker", daemon=True)
         self._thread.start()
 
@@ -170,7 +173,8 @@ class MlflowTracker:
                 self._last_sent[key] = max((point.step for point in history), default=-1)
             if step > self._last_sent[key]:
                 new.append(Metric(key, value, timestamp_ms, step))
-        client.log_batch(self._run.run_id, metrics=new)
+        if new:
+            client.log_batch(self._run.run_id, metrics=new)
         self._last_sent |= {metric.key: step for metric in new}
 
 
