@@ -47,7 +47,7 @@ from eqm_dist.track.composite import CompositeTracker
 from eqm_dist.track.jsonl import JsonlTracker, read_metrics
 from eqm_dist.track.mlflow import MlflowRun, MlflowTracker, default_uri
 from eqm_dist.track.mlflow import open_run as open_mlflow_run
-from eqm_dist.train.checkpoint import Checkpoints
+from eqm_dist.train.checkpoint import Checkpoints, read_marker
 from eqm_dist.train.distributed import all_reduce_sum, from_rank_zero, rank, world_size
 from eqm_dist.train.engine import Engine, TorchEngine
 from eqm_dist.train.loop import Run
@@ -141,11 +141,6 @@ def build_run(
     checkpoints = Checkpoints(opened.directory / CHECKPOINTS, config.checkpoint.keep)
     latest = from_rank_zero(checkpoints.latest())
     state = TrainState(checkpoints.load(latest, engine, shapes) if latest else 0)
-    if state.step > config.train.steps:
-        raise ConfigError(
-            f"train.steps={config.train.steps} must be at least the {state.step} steps that the run {config.run.name}"
-            " has made already; raise it, or start another run with --run.name."
-        )
 
     order = SampleOrder(reader.shard_sizes, config.run.seed, config.data.window_shards)
     return Run(
@@ -353,6 +348,13 @@ def _check_same_run(config: Config, directory: Path, manifest: Manifest) -> None
             f"train.steps was {before['train.steps']} when the run {config.run.name} started and is now"
             f" {config.train.steps}, which would change the learning rates of its {config.optimizer.schedule} schedule;"
             " keep it, or start another run with --run.name."
+        )
+    latest = Checkpoints(directory / CHECKPOINTS, config.checkpoint.keep).latest()
+    step = read_marker(latest)["step"] if latest else 0
+    if config.train.steps < step:
+        raise ConfigError(
+            f"train.steps={config.train.steps} must be at least the {step} steps that the run {config.run.name} has"
+            " made already; raise it, or start another run with --run.name."
         )
     copy = directory / MANIFEST_COPY
     if copy.exists() and Manifest.model_validate_json(copy.read_bytes()) != manifest:

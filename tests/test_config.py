@@ -143,6 +143,7 @@ def test_a_letter_left_out_is_always_found() -> None:
         ({"train": 5}, "train: should be a valid dictionary"),
         ({"run.name": 2024}, "run.name: should be a valid string, got 2024"),
         ({"run.name": "../up"}, "run.name: String should match pattern"),
+        ({"run.name": "x" * 101}, "run.name: String should have at most 100 characters"),
         ({"run.seed": 2**64}, "run.seed: should be less than 18446744073709551616, got 18446744073709551616"),
         ({"data.flip": "perhaps"}, "data.flip: should be a valid boolean"),
         ({"data.latent_shape": [1, 8]}, "data.latent_shape.2 must be given"),
