@@ -245,6 +245,21 @@ def test_steps_that_are_done_again_are_recorded_once(root: Path, tmp_path: Path)
     assert recorded(copy).data.tags["resumed.train.steps"] == "6"
 
 
+def test_what_a_killed_attempt_had_not_sent_is_sent_by_the_next(root: Path, tmp_path: Path) -> None:
+    run = new_run(tmp_path, default_uri(root), timeout_s=20)
+    lines = [{"step": step, "train/loss": step + 0.5} for step in (1, 2, 3, 4)]
+    first = MlflowTracker(run)
+    for line in lines[:2]:
+        first.log(line["step"], {"train/loss": line["train/loss"]})
+    first.finish()
+    second = MlflowTracker(run, lines)  # from metrics.jsonl, which never waits for anybody
+    second.log(5, {"train/loss": 5.5})
+    second.finish()
+    close_run(run, "FINISHED")
+    points = client(root).get_metric_history(run.run_id, "train/loss")
+    assert sorted((point.step, point.value) for point in points) == [(step, step + 0.5) for step in (1, 2, 3, 4, 5)]
+
+
 def test_a_run_that_fails_is_recorded_as_failed(root: Path) -> None:
     ended = tiny.train(*recorded_flags(root, **{"run.name": "failed", "train.precision": "tf32"}))
     assert ended.code == 2
