@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -250,7 +250,10 @@ def batch_config(global_batch: int, micro_batch: int | None) -> Config:
     return with_overrides(digits(), {"train.global_batch": global_batch, "train.micro_batch": micro_batch})
 
 
-@given(st.integers(1, 300), st.integers(1, 40), st.none() | st.integers(1, 300))
+@given(st.integers(1, 300), st.integers(1, 40), st.none() | st.integers(1, 4) | st.integers(1, 300))
+@example(10, 3, 1)  # largest share 4, smallest 3: one worker would have an empty fourth micro-batch
+@example(2, 3, None)
+@example(10, 3, 3)
 def test_every_rank_has_the_same_number_of_micro_batches_and_every_sample_counts_once(
     global_batch: int, world: int, micro_batch: int | None
 ) -> None:
