@@ -262,7 +262,9 @@ def test_every_rank_has_the_same_number_of_micro_batches_and_every_sample_counts
     fewest = 1 if micro_batch is None else -(-largest // micro_batch)
     possible = smallest >= fewest  # every worker has at least one sample for each of its micro-batches
     if not possible:
-        with pytest.raises(ConfigError, match=rf"global_batch={global_batch} .*{world}.*(raise|lower)"):
+        few = f"train.global_batch={global_batch} must be at least the number of workers, {world}; raise it or lower"
+        empty = f"train.micro_batch={micro_batch} leaves a worker's micro-batch empty"
+        with pytest.raises(ConfigError, match=few if global_batch < world else empty):
             plan_batch(batch_config(global_batch, micro_batch), world)
         return
     grad_accum, most = plan_batch(batch_config(global_batch, micro_batch), world)
