@@ -40,7 +40,7 @@ from eqm_dist.data.storage import atomic_write, local_path, storage_errors
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.evaluator import Evaluator
 from eqm_dist.evaluate.features import load_digit_classifier
-from eqm_dist.models.autoencoder import Autoencoder, IdentityAutoencoder
+from eqm_dist.models.autoencoder import Autoencoder, IdentityAutoencoder, load_autoencoder
 from eqm_dist.models.sit import SiT
 from eqm_dist.models.sizes import SIZES, forward_macs, parameter_count, training_flops_per_image
 from eqm_dist.track.composite import CompositeTracker
@@ -235,14 +235,15 @@ def build_autoencoder(manifest: Manifest) -> Autoencoder:
     """The autoencoder that a data set was made with.
 
     Raises:
-        DataError: it is not one that this release can build.
+        ConfigError: it needs a package that is not installed.
+        DataError: it is not where it was, or is another one now.
     """
-    if manifest.autoencoder != IdentityAutoencoder.id:
+    if manifest.autoencoder_location is None and manifest.autoencoder != IdentityAutoencoder.id:
         raise DataError(
-            f"The shards were encoded with the autoencoder {manifest.autoencoder!r}, and this release decodes only"
-            f" {IdentityAutoencoder.id!r}; set evaluation.every=0 to train without pictures."
+            f"The shards were encoded with the autoencoder {manifest.autoencoder!r}, and their manifest does not say"
+            " where it is; set evaluation.every=0 to train without pictures, or index the tars with --autoencoder."
         )
-    return IdentityAutoencoder()
+    return load_autoencoder(manifest.autoencoder_location, manifest.autoencoder)
 
 
 def plan_batch(config: Config, world: int) -> tuple[int, int]:
