@@ -103,17 +103,32 @@ def read_index(directory: Path, manifest: Manifest, *, verify_checksum: bool) ->
     if verify_checksum:
         with storage_errors("read", path), open(path, "rb") as file:
             check_checksum(file, path, manifest.index)
+    with storage_errors("read", path), open(path, "rb") as file:
+        return map_index(file, path, manifest)
+
+
+def map_index(file: BinaryIO, path: str | Path, manifest: Manifest) -> np.ndarray:
+    """The index in an open file as a memory map, which outlives the file: INDEX_DTYPE records [num_samples].
+
+    Raises:
+        DataError: it is damaged, or does not belong to the manifest; names it ``path``.
+        OSError: it cannot be read.
+    """
     try:
-        with storage_errors("read", path):
-            records = np.load(path, mmap_mode="r", allow_pickle=False)
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(f"npy format {version} instead of (1, 0)")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype.hasobject:
+            raise ValueError("Python objects in it")
     except ValueError as error:
         raise DataError(f"{path} must be an npy file ({error}); delete it and prepare the data set again.") from error
-    if records.dtype != INDEX_DTYPE or records.shape != (manifest.num_samples,):
+    if dtype != INDEX_DTYPE or shape != (manifest.num_samples,):
         raise DataError(
-            f"{path} must hold {manifest.num_samples:,} records of {INDEX_DTYPE}, found {records.shape} of "
-            f"{records.dtype}; delete it and prepare the data set again."
+            f"{path} must hold {manifest.num_samples:,} records of {INDEX_DTYPE}, found {shape} of "
+            f"{dtype}; delete it and prepare the data set again."
         )
-    return records
+    return np.memmap(file, dtype, "r", offset=file.tell(), shape=shape)
 
 
 def _read_npy_header(file: BinaryIO) -> tuple[tuple[int, int, int, int], np.dtype]:
