@@ -33,7 +33,8 @@ def run_on_ray(writer: ShardWriter, tasks: Sequence[ShardTask]) -> Iterator[tupl
         LaunchError: actors died again and again on one shard.
     """
     with cluster():
-        actors = _actors(writer, len(tasks))
+        recipe = ray.put(writer)  # once, whatever the number of actors: it may name millions of files
+        actors = _actors(recipe, len(tasks))
         waiting = iter(tasks)
         running: dict[Any, tuple[ShardTask, Any]] = {}
         for actor, task in zip(cycle(actors), islice(waiting, IN_FLIGHT * len(actors)), strict=False):
@@ -57,20 +58,20 @@ class _Share:
 
 @ray.remote(max_restarts=-1, max_task_retries=TRIES - 1)
 class _Encoder:
-    def __init__(self, writer: ShardWriter, share: _Share) -> None:
+    def __init__(self, recipe: Sequence[Any], share: _Share) -> None:
         torch.set_num_threads(share.cpus)
-        self._writer = writer
+        self._writer: ShardWriter = ray.get(recipe[0])
         self._device = torch.device("cuda" if share.gpus else "cpu")
 
     def write(self, task: ShardTask) -> ShardIndex:
         return self._writer.write(task, self._device)
 
 
-def _actors(writer: ShardWriter, tasks: int) -> list[Any]:
+def _actors(recipe: Any, tasks: int) -> list[Any]:
     count, share = _divide([node["Resources"] for node in ray.nodes() if node["Alive"]])
-    recipe = ray.put(writer)  # once, whatever the number of actors: it may name millions of files
     remote = _Encoder.options(num_cpus=share.cpus, num_gpus=share.gpus)
-    return [remote.remote(recipe, share) for _ in range(min(count, tasks))]
+    # As a reference inside a list, which the driver keeps alive: an actor that is restarted asks for it again.
+    return [remote.remote([recipe], share) for _ in range(min(count, tasks))]
 
 
 def _divide(nodes: Sequence[dict[str, float]]) -> tuple[int, _Share]:

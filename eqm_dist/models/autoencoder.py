@@ -172,7 +172,9 @@ def _read_vae(folder: Path) -> Any:
             f"A VAE needs the package diffusers ({error}); install it with: pip install 'eqm-dist[vae]'."
         ) from error
     try:
-        return AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        return AutoencoderKL.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+        )
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"{folder} must hold a diffusers AutoencoderKL ({reason}); correct --autoencoder.") from error

@@ -34,24 +34,35 @@ class IdxImages:
         if "images-idx3" not in self._path.name:
             raise DataError(f"IDX images must be a file NAME-images-idx3-ubyte, received {path}; correct --input.")
         labels_name = self._path.name.removesuffix(".gz").replace("images-idx3", "labels-idx1")
-        self._labels_path = _existing(self._path.with_name(labels_name))
-        images, labels = _load(self._path, 3), _load(self._labels_path, 1)
+        labels_path = _existing(self._path.with_name(labels_name))
+        self._files = [(self._path, 3, _modified_ns(self._path)), (labels_path, 1, _modified_ns(labels_path))]
+        images, labels = self._arrays()
         if len(images) != len(labels) or not len(images):
             raise DataError(
                 f"Images and classes must come in pairs, found {len(images)} in {self._path} and {len(labels)} in "
-                f"{self._labels_path}; replace the files."
+                f"{labels_path}; replace the files."
             )
         self.num_classes = int(labels.max()) + 1
         self.id = f"idx {self._path.name.removesuffix('.gz')} (pixels {hashlib.sha256(images).hexdigest()[:12]})"
 
     def __len__(self) -> int:
-        return len(_load(self._path, 3))
+        return len(self._arrays()[0])
 
     def read(self, start: int, stop: int) -> Iterator[RawImage]:
         """The images [start, stop)."""
-        images, labels = _load(self._path, 3), _load(self._labels_path, 1)
+        images, labels = self._arrays()
         for number in range(start, stop):
             yield RawImage(f"{number:08d}", f"{self._path.name}: {number}", images[number], int(labels[number]))
+
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Images [N, H, W] and classes [N], uint8: read once in each process that needs them."""
+        images, labels = self._files
+        return _load(*images), _load(*labels)
+
+
+def _modified_ns(path: Path) -> int:
+    with storage_errors("read", path):
+        return path.stat().st_mtime_ns
 
 
 def _existing(path: Path) -> Path:
@@ -63,8 +74,11 @@ def _existing(path: Path) -> Path:
 
 
 @lru_cache(maxsize=4)
-def _load(path: Path, dimensions: int) -> np.ndarray:
-    """An IDX file of unsigned bytes: magic 0 0 8 D, D sizes as big-endian uint32, the bytes."""
+def _load(path: Path, dimensions: int, modified_ns: int) -> np.ndarray:
+    """An IDX file of unsigned bytes: magic 0 0 8 D, D sizes as big-endian uint32, the bytes.
+
+    Of a file that is changed, ``modified_ns`` brings the new content.
+    """
     try:
         with storage_errors("read", path), open(path, "rb") as file:
             content = gzip.decompress(file.read()) if path.suffix == ".gz" else file.read()

@@ -23,6 +23,7 @@ class _Piece(NamedTuple):
 
     path: Path
     group: int
+    modified_ns: int
 
 
 class ImageTable:
@@ -101,7 +102,7 @@ def _pieces(path: Path, columns: tuple[str, str]) -> list[_Piece]:
             "name another with --image-column."
         )
     groups = 1 if path.suffix == ".arrow" else pa.parquet.read_metadata(path).num_row_groups
-    return [_Piece(path, group) for group in range(groups)]
+    return [_Piece(path, group, path.stat().st_mtime_ns) for group in range(groups)]
 
 
 def _schema(path: Path) -> pa.Schema:
