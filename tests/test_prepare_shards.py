@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -103,6 +104,40 @@ def test_help_imports_nothing_heavy() -> None:
     assert "--samples-per-shard" in finished.stdout
 
 
+# --- the documentation ---
+
+PAGE = (SCRIPT.parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^python pipelines/prepare_shards.py (.*?)\s*(?:#.*)?$", PAGE.replace("\\\n", " "), re.MULTILINE)
+
+
+def test_the_first_command_of_the_documentation_prepares_ones_own_images(tmp_path: Path) -> None:
+    for index, (side, name) in enumerate([(64, "cat/a.png"), (200, "cat/b.png"), (90, "dog/c.png")]):
+        path = tmp_path / "my-images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(Image.fromarray(pixels(index, side, side + 10)), "PNG"))
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *COMMANDS[0].split(), *LOCAL],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    flags = "--data.shards data/mine --data.latent_shape [3,64,64] --data.num_classes 2"
+    assert done.stdout.splitlines()[-1].endswith(flags)
+    assert verify_shards(tmp_path / "data" / "mine").class_names == ("cat", "dog")
+
+
+def test_every_flag_of_the_documentation_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(COMMANDS) == 5
+    for page in ([], ["index"]):
+        with pytest.raises(SystemExit):
+            main([*page, "--help"])
+    flags = set(re.findall(r"`?(--[a-z][a-z-]+)", PAGE))
+    assert {"--resolution", "--mirror"} <= flags
+    assert flags <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+
+
 # --- broken images ---
 
 
@@ -115,10 +150,8 @@ def files(directory: Path) -> dict[str, str]:
 
 
 def prepare_tree(tree: Path, out: Path, *more: str) -> None:
-    main(
-        f"--source folder --input {tree} --resolution 16 --samples-per-shard 5 --mirror --out {out}".split()
-        + [*LOCAL, "--max-bad-fraction", "0.5", *more]
-    )
+    arguments = f"--source folder --input {tree} --resolution 16 --samples-per-shard 5 --mirror --out {out}"
+    main([*arguments.split(), *LOCAL, "--max-bad-fraction", "0.5", *more])
 
 
 def test_a_tree_with_broken_files_goes_through_prepare_and_train(tmp_path: Path) -> None:
@@ -223,10 +256,10 @@ def test_ray_changes_no_byte_and_kills_lose_and_repeat_nothing(tmp_path: Path) -
     reached = written(out)
     wait_for(lambda: written(out) >= reached + 6, first)  # the actor comes back, or the others do its work
     os.kill(first.pid, signal.SIGKILL)
-    first.communicate()
     for process in everything:  # they would go by themselves, but slowly
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    first.communicate()
     assert not (out / "manifest.json").exists()
 
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}

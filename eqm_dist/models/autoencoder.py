@@ -49,7 +49,7 @@ class IdentityAutoencoder:
     """Pixels as latents: 0..255 <-> [-1, 1]. Its posterior is a point (log-variance -inf); the round trip is exact."""
 
     id = "identity"
-    location = None
+    location: str | None = None
     latent_scale = 1.0
     latent_shift = 0.0
 
@@ -78,7 +78,7 @@ class KLAutoencoder:
     def __init__(self, vae: Any, id: str, location: str) -> None:
         self._vae = vae.eval().requires_grad_(False)
         self.id = id
-        self.location = location
+        self.location: str | None = location
         self.latent_scale = float(vae.config.scaling_factor)
         self.latent_shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
 

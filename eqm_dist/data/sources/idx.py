@@ -43,7 +43,9 @@ class IdxImages:
                 f"{labels_path}; replace the files."
             )
         self.num_classes = int(labels.max()) + 1
-        self.id = f"idx {self._path.name.removesuffix('.gz')} (pixels {hashlib.sha256(images).hexdigest()[:12]})"
+        self.id = (
+            f"idx {self._path.name.removesuffix('.gz')} (pixels {hashlib.sha256(images.tobytes()).hexdigest()[:12]})"
+        )
 
     def __len__(self) -> int:
         return len(self._arrays()[0])

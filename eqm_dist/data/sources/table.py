@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.ipc
-import pyarrow.parquet
+import pyarrow.ipc as ipc
+import pyarrow.parquet as parquet
 
 from eqm_dist.data.sources.image import RawImage
 from eqm_dist.data.storage import local_path, storage_errors
@@ -101,14 +101,14 @@ def _pieces(path: Path, columns: tuple[str, str]) -> list[_Piece]:
             f"The column {columns[0]} of {path} must hold the bytes of image files, found {kind}; "
             "name another with --image-column."
         )
-    groups = 1 if path.suffix == ".arrow" else pa.parquet.read_metadata(path).num_row_groups
+    groups = 1 if path.suffix == ".arrow" else parquet.read_metadata(path).num_row_groups
     return [_Piece(path, group, path.stat().st_mtime_ns) for group in range(groups)]
 
 
 def _schema(path: Path) -> pa.Schema:
     try:
         with storage_errors("read", path):
-            return _arrow(path).schema if path.suffix == ".arrow" else pa.parquet.read_schema(path)
+            return _arrow(path).schema if path.suffix == ".arrow" else parquet.read_schema(path)
     except pa.ArrowInvalid as error:
         raise DataError(
             f"{path} must be a Parquet or Arrow file ({str(error).splitlines()[0]}); replace it."
@@ -121,7 +121,7 @@ def _read(piece: _Piece, columns: tuple[str, ...]) -> pa.Table:
         with storage_errors("read", piece.path):
             if piece.path.suffix == ".arrow":
                 return _arrow(piece.path).select(list(columns))
-            with pa.parquet.ParquetFile(piece.path) as file:
+            with parquet.ParquetFile(piece.path) as file:
                 return file.read_row_group(piece.group, columns=list(columns)).select(list(columns))
     except pa.ArrowInvalid as error:
         raise DataError(f"{piece.path} is damaged ({str(error).splitlines()[0]}); replace it.") from error
@@ -131,10 +131,10 @@ def _arrow(path: Path) -> pa.Table:
     """Arrow has two formats of one suffix: files, and streams, which Hugging Face's caches are."""
     content = pa.memory_map(str(path))
     try:
-        return pa.ipc.open_file(content).read_all()
+        return ipc.open_file(content).read_all()
     except pa.ArrowInvalid:
         content.seek(0)
-        return pa.ipc.open_stream(content).read_all()
+        return ipc.open_stream(content).read_all()
 
 
 def _class_names(path: Path, label_column: str) -> tuple[str, ...]:
