@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-
 TINY: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 3,
     "up_block_types": ("UpDecoderBlock2D",) * 3,
