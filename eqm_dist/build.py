@@ -40,7 +40,7 @@ from eqm_dist.data.shards import digits_shards
 from eqm_dist.data.storage import DEADLINE_S, atomic_write, is_remote, local_path, open_folder, storage_errors
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.evaluator import Evaluator
-from eqm_dist.evaluate.features import load_digit_classifier
+from eqm_dist.evaluate.features import ImageClassifier, load_classifier, load_digit_classifier
 from eqm_dist.models.autoencoder import Autoencoder, IdentityAutoencoder, load_autoencoder
 from eqm_dist.models.sit import SiT
 from eqm_dist.models.sizes import SIZES, forward_macs, parameter_count, training_flops_per_image
@@ -348,6 +348,8 @@ def _with_absolute_locations(config: Config, root: Path, embedded: Path) -> Conf
         overrides["data.shards"] = absolute(config.data.shards or str(embedded))
     if config.data.cache_dir is not None:
         overrides["data.cache_dir"] = str(local_path(config.data.cache_dir))
+    if config.evaluation.extractor != "digits":
+        overrides["evaluation.extractor"] = str(local_path(config.evaluation.extractor))
     return with_overrides(config, overrides)
 
 
@@ -487,14 +489,14 @@ def build_evaluator(
     """What measures a run while it trains. A collective when called, so every rank builds one."""
     model = build_model(config).to(device).eval()
     evaluation = config.evaluation
-    return Evaluator(
+    evaluator = Evaluator(
         model=model,
         field=build_field(config, model, config.data.num_classes),
         sampler=build_sampler(evaluation.sampler),
         evaluations=evaluation.sampler.evaluations,
         autoencoder=autoencoder,
         reader=reader,
-        extractor=load_digit_classifier().to(device),
+        extractor=_load_extractor(evaluation.extractor).to(device),
         samples=evaluation.samples,
         batch=evaluation.batch,
         columns=evaluation.grid_columns,
@@ -504,6 +506,12 @@ def build_evaluator(
         world=world_size(),
         all_reduce_sum=all_reduce_sum,
     )
+    evaluator.extractor(next(evaluator.real_images(0, 1)))  # an extractor of other images fails now, not hours later
+    return evaluator
+
+
+def _load_extractor(name: str) -> ImageClassifier:
+    return load_digit_classifier() if name == "digits" else load_classifier(name)
 
 
 def _build_tracker(opened: OpenRun, resume_step: int) -> CompositeTracker:

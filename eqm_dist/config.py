@@ -307,8 +307,8 @@ class EvaluationConfig(Section):
     """Images generated at once per worker."""
     grid_columns: PositiveInt = 10
     """Images per class in the picture of samples."""
-    extractor: Literal["digits"] = "digits"
-    """Network whose features the FID compares: the packaged digit classifier."""
+    extractor: Annotated[str, Field(min_length=1)] = "digits"
+    """Classifier whose features the FID compares: digits, or a file of eqm_dist.evaluate.train_classifier."""
     sampler: SamplerConfig = SamplerConfig()
     """How the images are drawn."""
 
