@@ -85,9 +85,10 @@ def test_a_classifier_of_other_images_measures_them(tmp_path):
     commands = [
         f"pipelines/prepare_shards.py --source idx --input {images} --out {shards} --launcher local".split(),
         f"-m eqm_dist.evaluate.train_classifier --shards {shards} --out {file} --steps 40".split(),
-        f"pipelines/train.py --launcher local --run.root {tmp_path / 'runs'} --data.shards {shards} --track.mlflow false"
-        " --data.latent_shape [1,13,13] --data.num_classes 3 --model.patch_size 13 --model.hidden_size 16 --model.depth 1"
-        f" --model.num_heads 2 --train.steps 2 --evaluation.samples 30 --evaluation.extractor {file}".split(),
+        f"pipelines/train.py --launcher local --run.root {tmp_path / 'runs'} --data.shards {shards} --train.steps 2"
+        " --data.latent_shape [1,13,13] --data.num_classes 3 --track.mlflow false --evaluation.samples 30"
+        " --model.patch_size 13 --model.hidden_size 16 --model.depth 1 --model.num_heads 2"
+        f" --evaluation.extractor {file}".split(),
     ]
     for command in commands:
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)

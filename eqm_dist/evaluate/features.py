@@ -1,8 +1,8 @@
 """Features of images, for the distances of ``metrics``.
 
 An extractor is any ``torch.nn.Module`` with an integer ``num_features`` that maps images (uint8 ``[B, H, W, C]``) to
-features (``[B, num_features]``). Here it is a small classifier: the one of 8x8 handwritten digits that ships, or one that
-``train_classifier`` made for other images.
+features (``[B, num_features]``). Here it is a small classifier: the one of 8x8 handwritten digits that ships, or one
+that ``train_classifier`` made for other images.
 """
 
 import hashlib
@@ -92,8 +92,8 @@ def load_classifier(path: str) -> ImageClassifier:
         return _classifier(Path(path).read_bytes())
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"evaluation.extractor must be digits or a file of `python -m eqm_dist.evaluate.train_classifier`, and {path}"
-            f" cannot be read as one ({' '.join(str(error).split())[:200]}); write it, or correct the path."
+            "evaluation.extractor must be digits or a file of `python -m eqm_dist.evaluate.train_classifier`, and"
+            f" {path} cannot be read as one ({' '.join(str(error).split())[:200]}); write it, or correct the path."
         ) from error
 
 
