@@ -282,6 +282,24 @@ def test_what_an_actor_refuses_is_one_sentence(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("nodes", "count", "cpus", "gpus"),
+    [
+        ([{"CPU": 4.0}, {"CPU": 2.0}], 6, 1, 0),
+        ([{"CPU": 64.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 48.0, "GPU": 4.0}], 6, 8, 1),  # a head without a GPU
+        ([{"CPU": 1.0, "GPU": 2.0}], 2, 1, 1),
+    ],
+)
+def test_each_gpu_gets_an_actor_that_fits_its_node(
+    nodes: list[dict[str, float]], count: int, cpus: int, gpus: int
+) -> None:
+    from eqm_dist.launch.ray_prepare import _divide
+
+    found, share = _divide(nodes)
+    assert (found, share.cpus, share.gpus) == (count, cpus, gpus)
+
+
 def written(directory: Path) -> int:
     return len(list(directory.glob("*.tar")))
 
