@@ -122,12 +122,12 @@ def ours(directory: Path, samples: int) -> Callable[[int], Iterable[int]]:
 
 def webdataset(directory: Path, samples: int) -> Callable[[int], Iterable[int]]:
     """Stock webdataset as its documentation uses it, with a shuffle buffer of as many samples as our window has."""
-    import webdataset as wds
+    from webdataset.compat import WebDataset
 
     shards = [str(path) for path in sorted(directory.glob("*.tar"))]
-    dataset = wds.WebDataset(shards, shardshuffle=len(shards), seed=0, empty_check=False)  # pyright: ignore[reportCallIssue]
+    dataset = WebDataset(shards, shardshuffle=len(shards), seed=0, empty_check=False)
     dataset = dataset.shuffle(WINDOW_SHARDS * SHARD_SAMPLES).decode().to_tuple("moments.npy", "cls").batched(BATCH)
-    return lambda epoch: (len(torch.as_tensor(moments)) for moments, _ in dataset)
+    return lambda epoch: (len(torch.as_tensor(moments)) for moments, _ in iter(dataset))  # pyright: ignore
 
 
 class FileDataset(torch.utils.data.Dataset):
@@ -170,7 +170,7 @@ def measure_resume(case: str, directory: Path, samples: int, share: float) -> di
     torch.set_num_threads(1)
     step = int(samples * share) // BATCH
     if case == "webdataset":
-        import webdataset as wds  # noqa: F401 (importing is not resuming)
+        from webdataset import compat as _  # importing is not resuming
     began = time.perf_counter()
     if case == "ours":
         reader = ShardReader(directory)
