@@ -12,6 +12,7 @@ Running the same command again goes on where it stopped.
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eqm_dist.cli import run
@@ -46,7 +47,10 @@ def prepare(arguments: Sequence[str]) -> None:
         "--source", choices=SOURCES, help="; ".join(f"{kind}: {text}" for kind, text in SOURCES.items())
     )
     parser.add_argument("--input", metavar="INPUT", help="where the images are; for all sources but digits")
-    parser.add_argument("--out", metavar="DIR", help="directory for the shards; made if absent")
+    parser.add_argument("--out", metavar="DIR", help="directory or s3:// prefix for the shards; made if absent")
+    parser.add_argument(
+        "--staging", metavar="DIR", help="local or shared directory where shards for an s3:// --out are written first"
+    )
     parser.add_argument("--resolution", type=int, metavar="N", help="crop to the centre NxN (default: leave as it is)")
     parser.add_argument(
         "--channels", type=int, choices=[1, 3], help="1 grey, 3 RGB (default: 1 for idx, 3 for the others)"
@@ -79,7 +83,13 @@ def prepare(arguments: Sequence[str]) -> None:
             "--source and --out must be given, for example --source digits --out data/digits; see --help."
         )
 
+    remote = options.out.startswith("s3://")
+    if remote != (options.staging is not None):
+        rule = "an s3:// --out needs --staging" if remote else "--staging has no effect on a local --out"
+        raise ConfigError(f"{rule}, received --out {options.out}; {'add' if remote else 'leave out'} --staging.")
+
     # After parsing, for these import torch and --help must answer at once.
+    from eqm_dist.data.publish import publish_shards
     from eqm_dist.data.shards import run_here, write_shards
     from eqm_dist.models.autoencoder import load_autoencoder
 
@@ -89,7 +99,7 @@ def prepare(arguments: Sequence[str]) -> None:
     if options.launcher == "ray":
         from eqm_dist.launch.ray_prepare import run_on_ray as runner
     manifest = write_shards(
-        options.out,
+        options.staging or options.out,
         options.source,
         source,
         autoencoder,
@@ -100,6 +110,8 @@ def prepare(arguments: Sequence[str]) -> None:
         max_bad_fraction=options.max_bad_fraction,
         runner=runner,
     )
+    if remote:
+        publish_shards(Path(options.staging), options.out)
     shape = ",".join(map(str, manifest.latent_shape))
     print(f"{options.out} holds {manifest.num_samples:,} samples in {len(manifest.shards)} shards.")
     print(f"Train on it with --data.shards {options.out} --data.latent_shape [{shape}]", end=" ")
