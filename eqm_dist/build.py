@@ -6,7 +6,7 @@ know what a run is made of reads this file.
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,15 +32,16 @@ from eqm_dist.core.energy import ExplicitEnergy
 from eqm_dist.core.guidance import guided
 from eqm_dist.core.objective import ConditionalField, eqm_loss, flow_matching_loss
 from eqm_dist.core.samplers import GradientDescent, NesterovGradientDescent, Sampler
-from eqm_dist.data.loader import Loader, ShardReader
+from eqm_dist.data.cache import FileCache
+from eqm_dist.data.loader import JoinedReader, Loader, ShardReader
 from eqm_dist.data.manifest import Manifest, read_manifest
-from eqm_dist.data.order import SampleOrder
+from eqm_dist.data.order import MixedOrder, SampleOrder
 from eqm_dist.data.shards import digits_shards
-from eqm_dist.data.storage import atomic_write, local_path, storage_errors
+from eqm_dist.data.storage import DEADLINE_S, atomic_write, is_remote, local_path, open_folder, storage_errors
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.evaluator import Evaluator
-from eqm_dist.evaluate.features import load_digit_classifier
-from eqm_dist.models.autoencoder import Autoencoder, IdentityAutoencoder
+from eqm_dist.evaluate.features import ImageClassifier, load_classifier, load_digit_classifier
+from eqm_dist.models.autoencoder import Autoencoder, IdentityAutoencoder, load_autoencoder
 from eqm_dist.models.sit import SiT
 from eqm_dist.models.sizes import SIZES, forward_macs, parameter_count, training_flops_per_image
 from eqm_dist.track.composite import CompositeTracker
@@ -90,15 +91,20 @@ def open_run(config: Config) -> OpenRun:
     root = _root(config)
     directory = root / config.run.name
     embedded = root / "data" / "digits"
-    shards = local_path(config.data.shards) if config.data.shards else embedded
-    config = with_overrides(config, {"run.root": str(root), "data.shards": str(shards)})
-    manifest = digits_shards(shards) if shards == embedded else read_manifest(shards)
-    _check_data(config, manifest)
-    _check_same_run(config, directory, manifest)
+    config = _with_absolute_locations(config, root, embedded)
+    if config.data.shards == str(embedded):
+        digits_shards(embedded)
+    deadline_s = config.data.deadline_s or DEADLINE_S
+    manifests = [read_manifest(open_folder(place, deadline_s=deadline_s)) for place in config.data.locations()]
+    for location, manifest in zip(config.data.locations(), manifests, strict=True):
+        _check_data(config, manifest, location)
+    copies = {_manifest_copy(number): manifest for number, manifest in enumerate(manifests)}
+    _check_same_run(config, directory, copies)
     with storage_errors("create", directory):
         directory.mkdir(parents=True, exist_ok=True)
     atomic_write(directory / CONFIG_FILE, to_yaml(config).encode())
-    atomic_write(directory / MANIFEST_COPY, manifest.model_dump_json(indent=1).encode())
+    for name, manifest in copies.items():
+        atomic_write(directory / name, manifest.model_dump_json(indent=1).encode())
     return OpenRun(config, directory, _open_mlflow(config, root, directory) if config.track.mlflow else None)
 
 
@@ -123,7 +129,7 @@ def build_run(
     torch.set_float32_matmul_precision("high" if config.train.precision == "tf32" else "highest")
     grad_accum, micro_batch = plan_batch(config, world)
 
-    reader = ShardReader(config.data.shards or "", verify_checksums=config.data.verify_checksums)
+    reader, order = _build_data(config)
     model = build_model(config).to(device)
     shapes = {name: param.shape for name, param in model.named_parameters() if param.requires_grad}
     frozen = {name: param.detach().cpu().clone() for name, param in model.named_parameters() if not param.requires_grad}
@@ -142,7 +148,6 @@ def build_run(
     latest = from_rank_zero(checkpoints.latest())
     state = TrainState(checkpoints.load(latest, engine, shapes) if latest else 0)
 
-    order = SampleOrder(reader.shard_sizes, config.run.seed, config.data.window_shards)
     return Run(
         engine=engine,
         loader=Loader(
@@ -151,6 +156,7 @@ def build_run(
             global_batch=config.train.global_batch,
             rank=rank(),
             world=world,
+            workers=config.data.workers,
             pin_memory=device.type == "cuda",
         ),
         schedule=LearningRateSchedule(
@@ -161,7 +167,7 @@ def build_run(
         ),
         checkpoints=checkpoints,
         evaluate=build_evaluator(config, opened.directory, reader, build_autoencoder(reader.manifest), device)
-        if config.evaluation.every
+        if config.evaluation.every and isinstance(reader, ShardReader)  # a mixture is not evaluated
         else None,
         tracker=_build_tracker(opened, state.step) if rank() == 0 else None,
         shapes=shapes,
@@ -179,6 +185,26 @@ def build_run(
         on_checkpoint=on_checkpoint,
         state=state,
     )
+
+
+def _build_data(config: Config) -> tuple[ShardReader | JoinedReader, SampleOrder | MixedOrder]:
+    """What reads the samples, and the order in which they come."""
+    data, seed = config.data, config.run.seed
+    limit_bytes = int((data.cache_gib or 64) * 2**30)
+    remote = any(map(is_remote, data.locations()))
+    cache = FileCache(data.cache_dir or "~/.cache/eqm-dist", limit_bytes) if remote else None
+    options: dict[str, Any] = {"verify_checksums": data.verify_checksums, "deadline_s": data.deadline_s or DEADLINE_S}
+    readers = [ShardReader(location, cache=cache, **options) for location in data.locations()]
+    orders = [SampleOrder(reader.shard_sizes, seed, data.window_shards) for reader in readers]
+    window_bytes = sum(reader.largest_bytes(2 * data.window_shards) for reader in readers if reader.remote)
+    if window_bytes > limit_bytes:
+        raise ConfigError(
+            f"The cache must hold two windows of {data.window_shards} shards, {window_bytes / 2**30:.3g} GiB here, and"
+            f" data.cache_gib={limit_bytes / 2**30:g}; raise it or lower data.window_shards."
+        )
+    if not data.mix:
+        return readers[0], orders[0]
+    return JoinedReader(readers), MixedOrder(orders, [part.weight for part in data.mix], seed)
 
 
 def build_model(config: Config) -> SiT:
@@ -230,14 +256,15 @@ def build_autoencoder(manifest: Manifest) -> Autoencoder:
     """The autoencoder that a data set was made with.
 
     Raises:
-        DataError: it is not one that this release can build.
+        ConfigError: it needs a package that is not installed.
+        DataError: it is not where it was, or is another one now.
     """
-    if manifest.autoencoder != IdentityAutoencoder.id:
+    if manifest.autoencoder_location is None and manifest.autoencoder != IdentityAutoencoder.id:
         raise DataError(
-            f"The shards were encoded with the autoencoder {manifest.autoencoder!r}, and this release decodes only"
-            f" {IdentityAutoencoder.id!r}; set evaluation.every=0 to train without pictures."
+            f"The shards were encoded with the autoencoder {manifest.autoencoder!r}, and their manifest does not say"
+            " where it is; set evaluation.every=0 to train without pictures, or index the tars with --autoencoder."
         )
-    return IdentityAutoencoder()
+    return load_autoencoder(manifest.autoencoder_location, manifest.autoencoder)
 
 
 def plan_batch(config: Config, world: int) -> tuple[int, int]:
@@ -305,39 +332,56 @@ def _root(config: Config) -> Path:
     return Path.home() / "eqm-dist-runs" if in_job else Path.cwd() / "runs"
 
 
-def _check_data(config: Config, manifest: Manifest) -> None:
+def _with_absolute_locations(config: Config, root: Path, embedded: Path) -> Config:
+    def absolute(location: str) -> str:
+        return location if is_remote(location) else str(local_path(location))
+
+    overrides: dict[str, Any] = {"run.root": str(root)}
+    if config.data.mix:
+        overrides["data.mix"] = [{"shards": absolute(part.shards), "weight": part.weight} for part in config.data.mix]
+    else:
+        overrides["data.shards"] = absolute(config.data.shards or str(embedded))
+    if config.data.cache_dir is not None:
+        overrides["data.cache_dir"] = str(local_path(config.data.cache_dir))
+    if config.evaluation.extractor != "digits":
+        overrides["evaluation.extractor"] = str(local_path(config.evaluation.extractor))
+    return with_overrides(config, overrides)
+
+
+def _manifest_copy(number: int) -> str:
+    return f"manifest-{number}.json" if number else MANIFEST_COPY
+
+
+def _check_data(config: Config, manifest: Manifest, location: str) -> None:
     if manifest.latent_shape != config.data.latent_shape:
         raise DataError(
-            f"data.latent_shape={list(config.data.latent_shape)} must be that of the shards in {config.data.shards},"
+            f"data.latent_shape={list(config.data.latent_shape)} must be that of the shards in {location},"
             f" {list(manifest.latent_shape)}; correct one of them."
         )
     if manifest.num_classes != config.data.num_classes:
         raise DataError(
-            f"data.num_classes={config.data.num_classes} must be that of the shards in {config.data.shards},"
+            f"data.num_classes={config.data.num_classes} must be that of the shards in {location},"
             f" {manifest.num_classes}; correct one of them."
         )
     if config.data.flip and manifest.moments_shape[0] == 1:
         raise DataError(
-            f"data.flip=true needs shards that hold mirrored images, and those in {config.data.shards} do not;"
+            f"data.flip=true needs shards that hold mirrored images, and those in {location} do not;"
             " set data.flip=false or prepare them with --mirror."
         )
     if config.evaluation.every:
-        build_autoencoder(manifest)
-        if manifest.latent_shape != (1, 8, 8):
-            raise ConfigError(
-                f"evaluation.extractor={config.evaluation.extractor} knows images of shape [1, 8, 8] only, and those in"
-                f" {config.data.shards} have {list(manifest.latent_shape)}; set evaluation.every=0."
-            )
+        # A decoder that is gone, or an extractor of other images, fails now and not at the first evaluation.
+        image = build_autoencoder(manifest).decode(torch.zeros(1, *manifest.latent_shape))
+        _load_extractor(config.evaluation.extractor)(image)
 
 
-def _check_same_run(config: Config, directory: Path, manifest: Manifest) -> None:
+def _check_same_run(config: Config, directory: Path, manifests: Mapping[str, Manifest]) -> None:
     """A run that has begun goes on only as what it was."""
     file = directory / CONFIG_FILE
     begun = (directory / METRICS_FILE).exists() or (directory / CHECKPOINTS).exists()
     if not begun or not file.exists():  # an attempt that failed before its first step binds nobody
         return
-    before = flatten(dump(parse(Config, yaml.safe_load(file.read_text(encoding="utf-8")), str(file))))
-    for key, value in flatten(dump(config)).items():
+    before = _deciding(parse(Config, yaml.safe_load(file.read_text(encoding="utf-8")), str(file)))
+    for key, value in _deciding(config).items():
         if before[key] != value and not key.startswith(RESUMABLE_KEYS):
             raise ConfigError(
                 f"{key} was {before[key]} when the run {config.run.name} started and is now {value};"
@@ -356,12 +400,19 @@ def _check_same_run(config: Config, directory: Path, manifest: Manifest) -> None
             f"train.steps={config.train.steps} must be at least the {step} steps that the run {config.run.name} has"
             " made already; raise it, or start another run with --run.name."
         )
-    copy = directory / MANIFEST_COPY
-    if copy.exists() and Manifest.model_validate_json(copy.read_bytes()) != manifest:
-        raise DataError(
-            f"The shards in {config.data.shards} are not those that the run {config.run.name} started with; restore"
-            " them, or start another run with --run.name."
-        )
+    for location, (name, manifest) in zip(config.data.locations(), manifests.items(), strict=True):
+        copy = directory / name
+        if copy.exists() and Manifest.model_validate_json(copy.read_bytes()) != manifest:
+            raise DataError(
+                f"The shards in {location} are not those that the run {config.run.name} started with; restore"
+                " them, or start another run with --run.name."
+            )
+
+
+def _deciding(config: Config) -> dict[str, Any]:
+    """The config by dotted keys; of a mixture only the weights, for its data sets may move as a single one may."""
+    values = flatten(dump(config))
+    return {**values, "data.mix": [part.weight for part in config.data.mix]}
 
 
 def _open_mlflow(config: Config, root: Path, directory: Path) -> MlflowRun:
@@ -451,7 +502,7 @@ def build_evaluator(
         evaluations=evaluation.sampler.evaluations,
         autoencoder=autoencoder,
         reader=reader,
-        extractor=load_digit_classifier().to(device),
+        extractor=_load_extractor(evaluation.extractor).to(device),
         samples=evaluation.samples,
         batch=evaluation.batch,
         columns=evaluation.grid_columns,
@@ -461,6 +512,10 @@ def build_evaluator(
         world=world_size(),
         all_reduce_sum=all_reduce_sum,
     )
+
+
+def _load_extractor(name: str) -> ImageClassifier:
+    return load_digit_classifier() if name == "digits" else load_classifier(name)
 
 
 def _build_tracker(opened: OpenRun, resume_step: int) -> CompositeTracker:

@@ -55,11 +55,22 @@ class RunConfig(Section):
         return self
 
 
+class MixConfig(Section):
+    """One of the data sets of a mixture."""
+
+    shards: Annotated[str, Field(min_length=1)]
+    """Directory or s3:// prefix with manifest.json."""
+    weight: Positive = 1.0
+    """Its share of all samples, in proportion to the other weights."""
+
+
 class DataConfig(Section):
     """The latent shards that training reads."""
 
     shards: str | None = None
-    """Directory with manifest.json; default: the embedded digits, written at first use."""
+    """Directory or s3:// prefix with manifest.json; default: the embedded digits, written at first use."""
+    mix: tuple[MixConfig, ...] = ()
+    """Several data sets instead of one, as [{shards: ..., weight: ...}, ...]."""
     latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 8, 8)
     """Channels, height and width of a latent; checked against the shards."""
     num_classes: PositiveInt = 10
@@ -70,6 +81,28 @@ class DataConfig(Section):
     """Draw the mirrored image half of the time; the shards must hold it."""
     verify_checksums: bool = True
     """Compare each shard with the manifest's sha256 when it is first read."""
+    workers: Count = 1
+    """Threads per process that make batches ahead of need; 0 makes each when it is asked for."""
+    cache_dir: str | None = None
+    """Where files from s3:// are kept, for all processes of a machine; default ~/.cache/eqm-dist; s3:// only."""
+    cache_gib: Positive | None = None
+    """Disk that they may take, in GiB; default 64; s3:// only."""
+    deadline_s: Positive | None = None
+    """Seconds for which s3:// may fail or stall before the run gives up; default 60; s3:// only."""
+
+    @model_validator(mode="after")
+    def _only_what_takes_effect(self) -> Self:
+        if self.shards is not None and self.mix:
+            raise ValueError("shards has no effect beside mix; put it into mix or leave one of them out")
+        remote = any(location.startswith("s3://") for location in self.locations())
+        for name in ("cache_dir", "cache_gib", "deadline_s"):
+            if not remote and getattr(self, name) is not None:
+                raise ValueError(f"{name} has no effect on shards that are not on s3://; leave it out")
+        return self
+
+    def locations(self) -> list[str]:
+        """Every data set's location."""
+        return [part.shards for part in self.mix] or [self.shards or ""]
 
 
 class ModelConfig(Section):
@@ -274,8 +307,8 @@ class EvaluationConfig(Section):
     """Images generated at once per worker."""
     grid_columns: PositiveInt = 10
     """Images per class in the picture of samples."""
-    extractor: Literal["digits"] = "digits"
-    """Network whose features the FID compares: the packaged digit classifier."""
+    extractor: Annotated[str, Field(min_length=1)] = "digits"
+    """Classifier whose features the FID compares: digits, or a file of pipelines/train_classifier.py."""
     sampler: SamplerConfig = SamplerConfig()
     """How the images are drawn."""
 
@@ -338,6 +371,8 @@ class Config(Section):
                 "evaluation descends a field that is blind to time, which objective.kind=flow_matching is not;"
                 " set evaluation.every=0"
             )
+        if self.data.mix and self.evaluation.every:
+            raise ValueError("evaluation compares with one data set, and data.mix has several; set evaluation.every=0")
         if self.launch.launcher == "local" and self.engine.kind == "deepspeed":
             raise ValueError("launch.launcher=local is one plain process; leave out engine.kind=deepspeed or use ray")
         if self.launch.launcher == "local" and self.engine.zero_stage is not None:
@@ -347,8 +382,9 @@ class Config(Section):
 
 # What may differ when a run is started again: where and how it runs, how it is watched, how long it goes on.
 # Everything else decides the numbers and stays as it was.
-RESUMABLE_KEYS = ("run.root", "data.shards", "data.verify_checksums", "train.log_every", "train.micro_batch",
-                  "train.steps", "engine.", "launch.", "checkpoint.", "evaluation.", "track.")  # fmt: skip
+RESUMABLE_KEYS = ("run.root", "data.shards", "data.verify_checksums", "data.workers", "data.cache_dir",
+                  "data.cache_gib", "data.deadline_s", "train.log_every", "train.micro_batch", "train.steps", "engine.",
+                  "launch.", "checkpoint.", "evaluation.", "track.")  # fmt: skip
 
 
 def dump(config: Section) -> dict[str, Any]:

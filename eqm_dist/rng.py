@@ -38,6 +38,7 @@ class Stream(IntEnum):
     START_LABEL = 8
     SPLIT = 9
     INIT = 10
+    MIXTURE = 11
 
 
 def philox_4x32(counter: Tensor, key: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def test_tf32_without_a_gpu_and_then_its_remedy(shards: Path, tmp_path: Path) ->
     ("shards", "sentence"),
     [
         ("/nowhere/at/all", "Shards must lie in a directory, but /nowhere/at/all does not exist; prepare one with"),
-        ("s3://bucket/shards", "A location must be a local path, received the s3: URL s3://bucket/shards; use"),
+        ("gs://bucket/shards", "A location must be a local path, received the gs: URL gs://bucket/shards; use"),
         ("pipe:cat shards", "A location must be a local path, received the pipe: URL pipe:cat shards; use"),
     ],
 )
@@ -149,7 +149,7 @@ def test_a_directory_without_a_manifest(tmp_path: Path) -> None:
         ({"data.latent_shape": [2, 4, 4]}, "data.latent_shape=[2, 4, 4] must be that of the shards in {shards}, [1"),
         ({"data.num_classes": 10}, "data.num_classes=10 must be that of the shards in {shards}, 3; correct"),
         ({"data.flip": True}, "data.flip=true needs shards that hold mirrored images, and those in {shards} do not"),
-        ({"evaluation.every": 2}, "evaluation.extractor=digits knows images of shape [1, 8, 8] only, and those"),
+        ({"evaluation.every": 2}, "The classifier takes uint8 images of shape [B, 8, 8, 1], got uint8 [1,"),
     ],
 )  # fmt: skip
 def test_shards_that_are_not_what_the_options_say(
@@ -174,7 +174,7 @@ def test_latents_that_cannot_be_decoded_can_still_be_trained_on(tmp_path: Path) 
     write_shards(tmp_path / "shards", "blots", tiny.Blots(), Elsewhere(), samples_per_shard=16, dtype="float32")
     ended = train(tmp_path, tmp_path / "shards", **{"evaluation.every": 2})
     assert_sentence(
-        ended, "were encoded with the autoencoder 'elsewhere', and this release decodes only 'identity'; set"
+        ended, "were encoded with the autoencoder 'elsewhere', and their manifest does not say where it is; set"
     )
     assert train(tmp_path, tmp_path / "shards", **{"evaluation.every": 0}).code == 0
 

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from webdataset.writer import TarWriter
 
 import eqm_dist.data.loader as loader_module
 from eqm_dist.data.index import index_shard, write_index
-from eqm_dist.data.loader import PREFETCH, Batch, Loader, ShardReader
+from eqm_dist.data.loader import PREFETCH, Batch, JoinedReader, Loader, ShardReader
 from eqm_dist.data.manifest import Manifest, ShardRecord, file_record, write_manifest
 from eqm_dist.data.order import SampleOrder
 from eqm_dist.data.shards import digits_shards, write_shards
@@ -232,6 +234,76 @@ def test_every_epoch_reads_every_sample_once_whatever_the_batch(ramp: Path) -> N
     samples = [number for batch in loader.batches(0, 17) for number in numbers(batch.moments)]
     for epoch in range(3):
         assert sorted(samples[epoch * 113 : (epoch + 1) * 113]) == list(range(113))
+
+
+def sample_ids(directory: Path, world: int, workers: int, steps: range) -> list[int]:
+    """What all ranks read together, in the order of the positions."""
+    reader = ShardReader(directory)
+    order = SampleOrder(reader.shard_sizes, seed=5, window_shards=3)
+    ranks = [
+        Loader(reader, order, global_batch=19, rank=rank, world=world, workers=workers).batches(steps.start, steps.stop)
+        for rank in range(world)
+    ]
+    return [number for parts in zip(*ranks, strict=True) for part in parts for number in numbers(part.moments)]
+
+
+def test_three_epochs_are_the_same_for_any_world_and_any_workers(ramp: Path) -> None:
+    steps = range(18)  # 342 positions: three epochs of 113, and a rest
+    alone = sample_ids(ramp, world=1, workers=0, steps=steps)
+    for epoch in range(3):
+        assert sorted(alone[epoch * 113 : (epoch + 1) * 113]) == list(range(113))
+    for world in (1, 2, 3, 4, 8):
+        for workers in (0, 1, 2, 5):
+            assert sample_ids(ramp, world, workers, steps) == alone, (world, workers)
+
+
+@given(st.integers(0, 18), st.sampled_from([1, 2, 3, 4, 8]), st.sampled_from([0, 1, 2, 5]))
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_resumed_anywhere_with_any_world_and_workers_is_exactly_the_rest(
+    ramp: Path, first: int, world: int, workers: int
+) -> None:
+    order = SampleOrder([10] * 11 + [3], seed=5, window_shards=3)
+    rest = order.samples(np.arange(first * 19, 18 * 19))[1].tolist()
+    assert sample_ids(ramp, world, workers, range(first, 18)) == rest
+
+
+def test_a_window_opens_no_more_than_its_shards(ramp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    original = ShardReader._map
+    monkeypatch.setattr(ShardReader, "_map", lambda self, shard: opened.append(shard) or original(self, shard))
+    reader = ShardReader(ramp)
+    order = SampleOrder(reader.shard_sizes, seed=5, window_shards=3)
+    loader = Loader(reader, order, global_batch=10, rank=0, world=1, workers=0)
+    for step, _ in enumerate(loader.batches(0, 11)):
+        windows_reached = step * 10 // 23 + 1  # a window holds 23 samples or more
+        assert len(opened) <= 3 * (windows_reached + 1)
+    assert sorted(set(opened[:12])) == list(range(12))
+
+
+def test_joined_data_sets_read_as_one(tmp_path: Path, ramp: Path) -> None:
+    other = tmp_path / "float32"
+    write_shards(other, "ramp", Ramp(), IdentityAutoencoder(), samples_per_shard=40, dtype="float32")
+    readers = [ShardReader(ramp), ShardReader(other)]
+    joined = JoinedReader(readers)
+    indices = np.random.default_rng(0).permutation(226)
+    moments = np.empty((226, *joined.manifest.moments_shape), joined.dtype)
+    labels = joined.read_into(moments, indices)
+    assert numbers(torch.from_numpy(moments)) == (indices % 113).tolist()
+    assert labels.tolist() == (indices % 113 % 5).tolist()
+    assert joined.dtype == np.float32
+    joined.prefetch([13, 0])
+    digits_shards(tmp_path / "digits")
+    digits = ShardReader(tmp_path / "digits")
+    with pytest.raises(DataError, match=r"must have one moments_shape, received .*\(1, 2, 8, 8\)"):
+        JoinedReader([readers[0], digits])
+
+
+def test_half_precision_stays_until_the_device(ramp: Path) -> None:
+    batch = ramp_loader(ramp, global_batch=8).batch(0)
+    assert batch.moments.dtype == torch.float16
+    there = batch.to(torch.device("cpu"))
+    assert there.moments.dtype == torch.float32
+    assert torch.equal(there.moments, batch.moments.float())
 
 
 def equal(batches: list[Batch], others: list[Batch]) -> bool:

@@ -1,7 +1,11 @@
 """Locations and whole files."""
 
+import io
+import random
+import re
 import resource
 import stat
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -9,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from eqm_dist.data.storage import atomic_write, fsync_directory, local_path, remove_leftovers
+from eqm_dist.data import storage
+from eqm_dist.data.storage import Folder, atomic_write, fsync_directory, local_path, open_folder, remove_leftovers
 from eqm_dist.errors import DataError, StorageError
+from tests import s3
+from tests.s3 import FaultyProxy, s3_server
 
 
 @contextmanager
@@ -85,3 +92,116 @@ def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path
         path.touch()
     remove_leftovers(tmp_path)
     assert set(tmp_path.iterdir()) == kept
+
+
+# --- folders: local directories and S3 alike ---
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture(params=["local", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> Folder:
+    if request.param == "local":
+        return open_folder(tmp_path / "folder")
+    s3.use(monkeypatch, endpoint)
+    return open_folder(f"s3://{s3.BUCKET}/{tmp_path.name}/", deadline_s=5)
+
+
+def test_both_folders_behave_alike(folder: Folder, tmp_path: Path) -> None:
+    content = bytes(range(256)) * 9000  # more than one chunk
+    assert folder.list() == {}
+    assert folder.size("b.tar") is None
+    folder.write("b.tar", b"old")
+    folder.write("b.tar", memoryview(content))
+    folder.write("a", b"")
+    assert folder.list() == {"a": 0, "b.tar": len(content)}
+    assert folder.size("b.tar") == len(content)
+    assert folder.read("b.tar") == content
+    for start, stop in ((0, 10), (250, 260), (5, 5), (9, 4), (len(content) - 3, None)):
+        assert folder.read("b.tar", start, stop) == content[start:stop]
+    with (tmp_path / "copy").open("wb") as file:
+        folder.download("b.tar", file)
+    assert (tmp_path / "copy").read_bytes() == content
+    for read in (lambda: folder.read("absent"), lambda: folder.download("absent", io.BytesIO())):
+        with pytest.raises(StorageError, match=re.escape(f"Cannot read {folder.url}/absent: ")):
+            read()
+
+
+def test_an_s3_folder_lists_pages_and_not_what_lies_deeper(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    s3.use(monkeypatch, endpoint)
+    plain = s3.client(endpoint)
+    monkeypatch.setattr(storage, "LIST_PAGE", 4)
+    names = [f"{number:04d}" for number in range(10)]
+    for name in [*names, "deeper/file"]:
+        plain.put_object(Bucket=s3.BUCKET, Key=f"pages/{name}", Body=b"x")
+    plain.put_object(Bucket=s3.BUCKET, Key="pages-of-another/file", Body=b"x")
+    assert list(open_folder("s3://bucket/pages").list()) == names
+
+
+@pytest.mark.parametrize("location", ["pipe:cat x", "http://host/x", "gs://bucket/x", "s3:///x", "s3://", "file:///x"])
+def test_other_locations_are_refused(location: str) -> None:
+    with pytest.raises(DataError, match=r"must be (a local path|s3://BUCKET/PREFIX), received"):
+        open_folder(location)
+
+
+def test_a_bad_network_is_survived(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    with FaultyProxy(endpoint, failing=0.3, stalling=0.05, seed=29) as proxy:
+        s3.use(monkeypatch, proxy.endpoint)
+        folder = open_folder("s3://bucket/faulty", deadline_s=4)
+        content = random.Random(0).randbytes(3_000_000)
+        for number in range(5):
+            folder.write(f"{number}", content[number:])
+            file = io.BytesIO()
+            folder.download(f"{number}", file)
+            assert file.getvalue() == content[number:]
+            assert folder.size(f"{number}") == len(content) - number
+        assert {"500", "reset", "cut", "stall"} <= proxy.faults.keys()
+
+
+def test_a_cut_download_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """Half of the rest is answered each time: 20 cuts leave 3 of 3,000,000 bytes, which nothing else could fetch."""
+    s3.use(monkeypatch, endpoint)
+    content = random.Random(0).randbytes(3_000_000)
+    open_folder("s3://bucket/cut").write("file", content)
+    with FaultyProxy(endpoint, failing=1.0) as proxy:
+        monkeypatch.setattr(proxy._random, "choice", lambda kinds: "cut" if proxy.faults["cut"] < 5 else "none")
+        s3.use(monkeypatch, proxy.endpoint)
+        file = io.BytesIO()
+        open_folder("s3://bucket/cut", deadline_s=4).download("file", file)
+        assert file.getvalue() == content
+        assert proxy.faults["cut"] == 5
+
+
+def test_a_dead_endpoint_is_given_up_within_the_deadline(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    def seconds_until_given_up() -> float:
+        began = time.monotonic()
+        with pytest.raises(
+            StorageError, match=r"Cannot read s3://bucket/dead/file: .*; tried \d+ times within .* 1\.5 s"
+        ):
+            open_folder("s3://bucket/dead", deadline_s=1.5).read("file")
+        return time.monotonic() - began
+
+    s3.use(monkeypatch, s3.unused_endpoint())
+    assert seconds_until_given_up() < 2.5  # and a second to make the client on a busy machine
+    with FaultyProxy(endpoint, stalling=1.0) as proxy:
+        s3.use(monkeypatch, proxy.endpoint)
+        assert seconds_until_given_up() < 2.5
+        assert sum(proxy.requests.values()) > 1
+
+
+def test_what_cannot_help_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, endpoint: str, tmp_path: Path) -> None:
+    with FaultyProxy(endpoint) as proxy:
+        s3.use(monkeypatch, proxy.endpoint)
+        with pytest.raises(StorageError, match=r"Cannot read s3://no-such-bucket/a/file: .*NoSuchBucket.*credentials"):
+            open_folder("s3://no-such-bucket/a").read("file")
+        assert sum(proxy.requests.values()) == 1
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    with pytest.raises(StorageError, match="Unable to locate credentials"):
+        open_folder("s3://bucket/a").read("file")

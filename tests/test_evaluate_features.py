@@ -1,23 +1,24 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from eqm_dist.errors import DataError
 from eqm_dist.evaluate import features
-from eqm_dist.evaluate.features import DigitClassifier, load_digit_classifier
-from eqm_dist.evaluate.train_digit_classifier import HELD_OUT, accuracy, digits
+from eqm_dist.evaluate.features import ImageClassifier, load_classifier, load_digit_classifier
+from eqm_dist.evaluate.train_classifier import accuracy, digits
 
 
 @pytest.fixture(scope="module")
-def classifier() -> DigitClassifier:
+def classifier() -> ImageClassifier:
     return load_digit_classifier()
 
 
 def test_packaged_classifier_knows_digits_it_was_not_trained_on(classifier):
     images, labels = digits()
-    assert accuracy(classifier, images[-HELD_OUT:], labels[-HELD_OUT:]) == 359 / 360  # as the docstring says
+    assert accuracy(classifier, images[-360:], labels[-360:]) == 359 / 360  # as the docstring says
 
 
 def test_weights_are_small_and_frozen(classifier):
@@ -56,14 +57,57 @@ def test_other_images_are_refused(classifier, images, received):
 
 def test_damaged_weights_are_refused():
     with pytest.raises(DataError, match="install eqm-dist again"):
-        features._classifier(b"not the weights")
+        features._packaged(b"not the weights")
 
 
 @pytest.mark.slow
 def test_training_script_reaches_the_stated_accuracy(tmp_path):
     path = tmp_path / "classifier.safetensors"
-    command = [sys.executable, "-m", "eqm_dist.evaluate.train_digit_classifier", str(path)]
+    command = [sys.executable, "pipelines/train_classifier.py", "--out", str(path)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     held_out = next(line for line in output.splitlines() if "held-out" in line)
     assert float(held_out.split()[-1]) >= 0.98
     assert path.stat().st_size < 300_000
+
+
+def test_a_classifier_of_other_images_measures_them(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (300, 13, 13), dtype=np.uint8)
+    labels = np.arange(300, dtype=np.uint8) % 3
+    pixels[labels == 1, :, :6] = 0
+    pixels[labels == 2, :6] = 0
+    for name, kind, sizes, content in (("images-idx3", 3, [300, 13, 13], pixels), ("labels-idx1", 1, [300], labels)):
+        header = bytes([0, 0, 8, kind]) + np.array(sizes, ">i4").tobytes()
+        (images / f"train-{name}-ubyte").write_bytes(header + content.tobytes())
+    shards, file = tmp_path / "shards", tmp_path / "classifier.safetensors"
+    commands = [
+        f"pipelines/prepare_shards.py --source idx --input {images} --out {shards} --launcher local".split(),
+        f"pipelines/train_classifier.py --shards {shards} --out {file} --steps 40".split(),
+        f"pipelines/train.py --launcher local --run.root {tmp_path / 'runs'} --data.shards {shards} --train.steps 2"
+        " --data.latent_shape [1,13,13] --data.num_classes 3 --track.mlflow false --evaluation.samples 30"
+        " --model.patch_size 13 --model.hidden_size 16 --model.depth 1 --model.num_heads 2"
+        f" --evaluation.extractor {file}".split(),
+    ]
+    for command in commands:
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert load_classifier(file).image_shape == (13, 13, 1)
+    assert "times the yardstick" in done.stdout
+
+    wrong = subprocess.run(
+        [sys.executable, *commands[2], "--evaluation.extractor", "digits", "--run.name", "wrong"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert wrong.returncode == 2, wrong.stderr  # before the first step
+    assert "step" not in wrong.stdout
+    assert "evaluation.extractor" in wrong.stderr
+
+
+def test_another_kind_of_file_is_refused(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(b"0" * 100)
+    for name in (path, tmp_path / "absent"):
+        with pytest.raises(DataError, match=r"evaluation.extractor must be digits or a file"):
+            load_classifier(str(name))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from eqm_dist.errors import DataError
 from eqm_dist.evaluate.features import load_digit_classifier
 from eqm_dist.evaluate.metrics import FeatureMoments, feature_moments, frechet_distance, half_split_fid
-from eqm_dist.evaluate.train_digit_classifier import digits
+from eqm_dist.evaluate.train_classifier import digits
 
 
 class Pixels(nn.Module):

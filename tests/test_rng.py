@@ -103,6 +103,7 @@ def test_stream_numbers_never_change() -> None:
         "START_LABEL": 8,
         "SPLIT": 9,
         "INIT": 10,
+        "MIXTURE": 11,
     }
 
 

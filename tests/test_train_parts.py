@@ -403,6 +403,7 @@ class Spiked:
     id = "spiked"
     latent_scale = 1.0
     latent_shift = 0.0
+    location: str | None = None
 
     def __init__(self, spike: Tensor) -> None:
         self.spike = spike

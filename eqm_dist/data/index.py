@@ -1,6 +1,7 @@
 """The index: where in its shard each sample lies, so that any sample is read without reading what comes before it."""
 
 import io
+import json
 import tarfile
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -8,6 +9,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from eqm_dist.data.manifest import FileRecord, Manifest, check_checksum, check_size, file_record
+from eqm_dist.data.sources.image import SkippedImage
 from eqm_dist.data.storage import atomic_write, storage_errors
 from eqm_dist.errors import DataError
 
@@ -16,13 +18,19 @@ INDEX_DTYPE = np.dtype([("offset", "<u8"), ("label", "<i4")])
 """Byte in its shard at which a sample's array data begins (after the npy header), and its class: 12 bytes a sample."""
 
 
+SKIPPED_NAME = "__skipped__"
+"""Member of a tar that lists the images that could not be decoded, as JSON. WebDataset passes over such names."""
+
+
 class ShardIndex(NamedTuple):
     """What one tar holds."""
 
     records: np.ndarray
     """[samples], INDEX_DTYPE."""
-    moments_shape: tuple[int, int, int, int]
+    moments_shape: tuple[int, ...]
+    """[V, 2C, H, W]; of no length if all images were skipped."""
     dtype: np.dtype
+    skipped: tuple[SkippedImage, ...]
 
 
 def index_shard(path: Path) -> ShardIndex:
@@ -36,6 +44,7 @@ def index_shard(path: Path) -> ShardIndex:
     offsets: dict[str, int] = {}
     labels: dict[str, int] = {}
     layouts: set[tuple[tuple[int, int, int, int], np.dtype]] = set()
+    skipped: tuple[SkippedImage, ...] = ()
     try:
         with storage_errors("read", path), open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
@@ -48,11 +57,15 @@ def index_shard(path: Path) -> ShardIndex:
                     offsets[key] = file.tell()
                 elif suffix == "cls":
                     labels[key] = int(file.read(member.size))
-    except (tarfile.TarError, ValueError) as error:
+                elif member.name == SKIPPED_NAME:
+                    skipped = tuple(SkippedImage(**fields) for fields in json.loads(file.read(member.size)))
+    except (tarfile.TarError, ValueError, TypeError) as error:
         raise DataError(
             f"{path} must be a whole tar of KEY.moments.npy and KEY.cls ({error}); "
             "delete it and prepare the data set again."
         ) from error
+    if not offsets and not labels and skipped:
+        return ShardIndex(np.empty(0, INDEX_DTYPE), (), np.dtype(np.float32), skipped)
     if not offsets or list(offsets) != list(labels) or len(layouts) != 1:
         raise DataError(
             f"Every sample of {path} must have KEY.moments.npy of one shape and KEY.cls; found {len(offsets)} arrays "
@@ -62,7 +75,7 @@ def index_shard(path: Path) -> ShardIndex:
     records = np.empty(len(offsets), INDEX_DTYPE)
     records["offset"] = list(offsets.values())
     records["label"] = list(labels.values())
-    return ShardIndex(records, moments_shape, dtype)
+    return ShardIndex(records, moments_shape, dtype, skipped)
 
 
 def write_index(directory: Path, records: np.ndarray) -> FileRecord:
@@ -90,17 +103,32 @@ def read_index(directory: Path, manifest: Manifest, *, verify_checksum: bool) ->
     if verify_checksum:
         with storage_errors("read", path), open(path, "rb") as file:
             check_checksum(file, path, manifest.index)
+    with storage_errors("read", path), open(path, "rb") as file:
+        return map_index(file, path, manifest)
+
+
+def map_index(file: BinaryIO, path: str | Path, manifest: Manifest) -> np.ndarray:
+    """The index in an open file as a memory map, which outlives the file: INDEX_DTYPE records [num_samples].
+
+    Raises:
+        DataError: it is damaged, or does not belong to the manifest; names it ``path``.
+        OSError: it cannot be read.
+    """
     try:
-        with storage_errors("read", path):
-            records = np.load(path, mmap_mode="r", allow_pickle=False)
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(f"npy format {version} instead of (1, 0)")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype.hasobject:
+            raise ValueError("Python objects in it")
     except ValueError as error:
         raise DataError(f"{path} must be an npy file ({error}); delete it and prepare the data set again.") from error
-    if records.dtype != INDEX_DTYPE or records.shape != (manifest.num_samples,):
+    if dtype != INDEX_DTYPE or shape != (manifest.num_samples,):
         raise DataError(
-            f"{path} must hold {manifest.num_samples:,} records of {INDEX_DTYPE}, found {records.shape} of "
-            f"{records.dtype}; delete it and prepare the data set again."
+            f"{path} must hold {manifest.num_samples:,} records of {INDEX_DTYPE}, found {shape} of "
+            f"{dtype}; delete it and prepare the data set again."
         )
-    return records
+    return np.memmap(file, dtype, "r", offset=file.tell(), shape=shape)
 
 
 def _read_npy_header(file: BinaryIO) -> tuple[tuple[int, int, int, int], np.dtype]:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from eqm_dist.data.storage import atomic_write, local_path, storage_errors
+from eqm_dist.data.storage import Folder, LocalFolder, atomic_write, open_folder, storage_errors
 from eqm_dist.errors import DataError, StorageError
 
 VERSION = 1
@@ -51,7 +51,9 @@ class Manifest(BaseModel):
     source: str
     """What the images came from."""
     autoencoder: str
-    """What turned images into moments."""
+    """What turned images into moments: a name that says which weights."""
+    autoencoder_location: str | None = None
+    """Where those weights are: a local folder, or a hub id with its revision; None where there are none."""
     latent_scale: float
     latent_shift: float
     """latents = (posterior sample - latent_shift) * latent_scale."""
@@ -59,6 +61,8 @@ class Manifest(BaseModel):
     moments_shape: tuple[Annotated[int, Field(ge=1, le=2)], Positive, Positive, Positive]
     """[V, 2C, H, W]: mean, then log-variance, of the image and, with V = 2, of its mirror (flipped before encoding)."""
     num_classes: Positive
+    class_names: tuple[str, ...] = ()
+    """One for each class, or none."""
     label_histogram: tuple[int, ...]
     """Samples of each class."""
     shards: Annotated[tuple[ShardRecord, ...], Field(min_length=1)]
@@ -71,6 +75,8 @@ class Manifest(BaseModel):
             raise ValueError(f"moments_shape {self.moments_shape} must have an even number of channels")
         if len(self.label_histogram) != self.num_classes or sum(self.label_histogram) != self.num_samples:
             raise ValueError(f"label_histogram must count {self.num_samples} samples in {self.num_classes} classes")
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise ValueError(f"class_names must be {self.num_classes} or none, not {len(self.class_names)}")
         return self
 
     @property
@@ -85,21 +91,21 @@ class Manifest(BaseModel):
         return channels // 2, height, width
 
 
-def read_manifest(directory: str | Path) -> Manifest:
-    """Read and check ``directory``/manifest.json.
+def read_manifest(location: str | Path | Folder) -> Manifest:
+    """Read and check the manifest.json of a local directory or an s3:// prefix.
 
     Raises:
         DataError: there is no data set, its format is unknown, or its manifest is damaged.
         StorageError: the manifest cannot be read.
     """
-    path = local_path(directory) / MANIFEST_NAME
-    remedy = f"prepare one with `python pipelines/prepare_shards.py --source digits --out {path.parent}`"
-    if not path.parent.is_dir():
-        raise DataError(f"Shards must lie in a directory, but {path.parent} does not exist; {remedy}.")
-    if not path.exists():
-        raise DataError(f"A data set must have a {MANIFEST_NAME}, but {path.parent} holds none; {remedy}.")
-    with storage_errors("read", path):
-        text = path.read_bytes()
+    folder = open_folder(location) if isinstance(location, (str, Path)) else location
+    path = f"{folder.url}/{MANIFEST_NAME}"
+    remedy = f"prepare one with `python pipelines/prepare_shards.py --source digits --out {folder.url}`"
+    if isinstance(folder, LocalFolder) and not Path(folder.url).is_dir():
+        raise DataError(f"Shards must lie in a directory, but {folder.url} does not exist; {remedy}.")
+    if folder.size(MANIFEST_NAME) is None:
+        raise DataError(f"A data set must have a {MANIFEST_NAME}, but {folder.url} holds none; {remedy}.")
+    text = folder.read(MANIFEST_NAME)
     try:
         fields = json.loads(text)
         version = fields["version"]
@@ -148,10 +154,20 @@ def check_size(path: Path, record: FileRecord) -> None:
             found = path.stat().st_size
     except StorageError as error:
         if isinstance(error.__cause__, FileNotFoundError):
-            raise DataError(
-                f"{path} must be there, for the manifest lists it; restore it or prepare the data set again."
-            ) from None
-        raise
+            found = None
+        else:
+            raise
+    check_bytes(path, found, record)
+
+
+def check_bytes(path: str | Path, found: int | None, record: FileRecord) -> None:
+    """Compare the size of a file, None if there is none, with its record.
+
+    Raises:
+        DataError: it is missing, truncated or too long.
+    """
+    if found is None:
+        raise DataError(f"{path} must be there, for the manifest lists it; restore it or prepare the data set again.")
     if found != record.bytes:
         raise DataError(
             f"{path} must have {record.bytes:,} bytes as the manifest records, found {found:,}; "
@@ -159,7 +175,7 @@ def check_size(path: Path, record: FileRecord) -> None:
         )
 
 
-def check_checksum(file: BufferedReader, path: Path, record: FileRecord) -> None:
+def check_checksum(file: BufferedReader, path: str | Path, record: FileRecord) -> None:
     """Compare all bytes of an open file with its record.
 
     Raises:

@@ -1,46 +1,51 @@
-"""Writing shards: images in, a directory of plain WebDataset tars with index and manifest out.
+"""Writing shards: images in, a directory of plain WebDataset tars with index, report and manifest out.
 
-Shard k holds the images [k * samples_per_shard, (k + 1) * samples_per_shard) of the source, and nothing else decides
-its bytes. So a shard is either there and whole or is written again, and a preparation that was killed goes on where
-it was: the request comes first, then the tars, each whole at once, then the index, the manifest last.
+Shard k holds the images [k * samples_per_shard, (k + 1) * samples_per_shard) of the source, less those that cannot be
+decoded, and nothing else decides its bytes. So a shard is either there and whole or is written again, and a
+preparation that was killed goes on where it was: the request comes first, then the tars, each whole at once, then the
+report and the index, the manifest last.
 """
 
 import fcntl
-import io
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from webdataset.writer import TarWriter
-
-from eqm_dist.data.index import ShardIndex, index_shard, write_index
+from eqm_dist.data.assemble import Description, assemble
+from eqm_dist.data.encode import ShardTask, ShardWriter, check_shard
+from eqm_dist.data.index import ShardIndex
 from eqm_dist.data.manifest import (
     MANIFEST_NAME,
     VERSION,
     Manifest,
     MomentsDtype,
-    ShardRecord,
     check_checksum,
-    file_record,
     read_manifest,
-    write_manifest,
 )
-from eqm_dist.data.sources import Digits, ImageSource, LabelledImage
+from eqm_dist.data.sources.digits import Digits
+from eqm_dist.data.sources.image import ImageSource, SkippedImage
 from eqm_dist.data.storage import atomic_write, local_path, remove_leftovers, storage_errors
 from eqm_dist.errors import DataError
 from eqm_dist.models.autoencoder import Autoencoder, IdentityAutoencoder
 
 REQUEST_NAME = "preparation.json"
-ENCODE_BATCH = 64
-"""Images encoded at once. Part of what decides a shard's bytes: sums on a GPU may depend on it."""
+REPORT_NAME = "report.json"
+
+Runner = Callable[[ShardWriter, Sequence[ShardTask]], Iterator[tuple[ShardTask, ShardIndex]]]
+"""Writes shards, here or elsewhere, and yields each as it is done, in any order."""
 
 logger = logging.getLogger(__name__)
+
+
+def run_here(writer: ShardWriter, tasks: Sequence[ShardTask]) -> Iterator[tuple[ShardTask, ShardIndex]]:
+    """The runner of this process: one shard after the other, on the CPU."""
+    for task in tasks:
+        yield task, writer.write(task)
 
 
 def digits_shards(directory: str | Path) -> Manifest:
@@ -64,6 +69,9 @@ def write_shards(
     samples_per_shard: int,
     dtype: MomentsDtype,
     mirror: bool = False,
+    class_names: Sequence[str] = (),
+    max_bad_fraction: float = 0.0,
+    runner: Runner = run_here,
 ) -> Manifest:
     """Encode all images of ``source`` into the shards DIR/NAME-000000.tar, ...; goes on where a killed one stopped.
 
@@ -72,19 +80,26 @@ def write_shards(
         name: first part of the shards' names.
         source: the images.
         autoencoder: images -> moments [2C, H, W].
-        samples_per_shard: of all shards but the last.
+        samples_per_shard: of all shards but the last, where no image is skipped.
         dtype: in which moments are stored.
         mirror: store the moments of the mirrored image too (V = 2).
+        class_names: one for each class, or none.
+        max_bad_fraction: the most images that may be skipped because they cannot be decoded, of all. They are listed
+            in DIR/report.json.
+        runner: who does the work.
 
     Returns:
         The manifest; at once if all is there already.
 
     Raises:
-        DataError: ``directory`` holds another data set or a damaged shard, or a moment does not fit into ``dtype``.
+        DataError: ``directory`` holds another data set or a damaged shard, a moment does not fit into ``dtype``, or
+            too many images cannot be decoded.
         StorageError: the shards cannot be written. What was finished stays.
     """
     if samples_per_shard < 1:
         raise DataError(f"samples_per_shard must be at least 1, received {samples_per_shard}.")
+    if not 0 <= max_bad_fraction <= 1:
+        raise DataError(f"max_bad_fraction must lie in [0, 1], received {max_bad_fraction}.")
     directory = local_path(directory)
     request = {
         "version": VERSION,
@@ -108,17 +123,33 @@ def write_shards(
         _claim(directory, request)
         remove_leftovers(directory)
         _check_recorded(directory)
-        parts = {
-            directory / f"{name}-{number:06d}.tar": (start, min(start + samples_per_shard, len(source)))
+        tasks = [
+            ShardTask(directory / f"{name}-{number:06d}.tar", start, min(start + samples_per_shard, len(source)))
             for number, start in enumerate(range(0, len(source), samples_per_shard))
-        }
-        progress = _Progress(len(source))
-        for path, (start, stop) in parts.items():
-            if not path.exists():
-                atomic_write(path, _encode_shard(source, start, stop, autoencoder, dtype, mirror))
-                progress.log(path, start, stop)
-        shards = [(path, _index_part(path, stop - start, dtype)) for path, (start, stop) in parts.items()]
-        return _write_manifest(directory, request, source.num_classes, shards)
+        ]
+        done = {task.path: check_shard(task, dtype) for task in tasks if task.path.exists()}
+        missing = [task for task in tasks if task.path not in done]
+        _check_skipped(directory, done, len(source), max_bad_fraction)
+        progress = _Progress(len(source), sum(task.stop - task.start for task in missing))
+        for task, index in runner(ShardWriter(source, autoencoder, dtype, mirror), missing) if missing else ():
+            done[task.path] = index
+            progress.log(task, index)
+            _check_skipped(directory, done, len(source), max_bad_fraction)
+        _write_report(directory, done, len(source))
+        return assemble(
+            directory,
+            Description(
+                name=name,
+                source=source.id,
+                autoencoder=autoencoder.id,
+                autoencoder_location=autoencoder.location,
+                latent_scale=autoencoder.latent_scale,
+                latent_shift=autoencoder.latent_shift,
+                num_classes=source.num_classes,
+                class_names=tuple(class_names),
+            ),
+            [(task.path, done[task.path]) for task in tasks],
+        )
 
 
 def _finished(directory: Path, request: dict[str, Any]) -> bool:
@@ -192,88 +223,59 @@ def _alone_in(directory: Path) -> Iterator[None]:
         yield
 
 
+def _check_skipped(directory: Path, done: dict[Path, ShardIndex], images: int, max_bad_fraction: float) -> None:
+    """Stop as soon as it is clear that too many images are broken.
+
+    Raises:
+        DataError: says how many, and where the list is.
+    """
+    skipped = _skipped(done)
+    if len(skipped) > max_bad_fraction * images:
+        _write_report(directory, done, images)
+        raise DataError(
+            f"At most {max_bad_fraction:g} of {images:,} images may be broken, but {len(skipped):,} are: "
+            f"{skipped[0].name} ({skipped[0].reason}) and others in {directory / REPORT_NAME}; "
+            "repair the images, or raise --max-bad-fraction and run the same command again."
+        )
+
+
+def _write_report(directory: Path, done: dict[Path, ShardIndex], images: int) -> None:
+    skipped = _skipped(done)
+    report = {
+        "images": images,
+        "read": sum(len(index.records) + len(index.skipped) for index in done.values()),
+        "skipped": len(skipped),
+        "skipped_images": [asdict(image) for image in skipped],
+    }
+    atomic_write(directory / REPORT_NAME, (json.dumps(report, indent=1) + "\n").encode())
+
+
+def _skipped(done: dict[Path, ShardIndex]) -> list[SkippedImage]:
+    return [image for path in sorted(done) for image in done[path].skipped]
+
+
 class _Progress:
     """One line a shard: how much is done, how fast, how long it will take."""
 
-    def __init__(self, images: int) -> None:
+    def __init__(self, images: int, missing: int) -> None:
         self._images = images
-        self._written = 0
+        self._done_before = images - missing
+        self._done = 0
+        self._bytes = 0
         self._started = time.monotonic()
 
-    def log(self, path: Path, start: int, stop: int) -> None:
-        self._written += stop - start
-        speed = self._written / (time.monotonic() - self._started)
-        left_s = (self._images - stop) / speed
-        images = f"{stop:,} of {self._images:,} images, {speed:,.0f} images/s, {left_s:,.0f} s left"
-        logger.info("Wrote %s: %s", path.name, images)
-
-
-def _encode_shard(
-    source: ImageSource, start: int, stop: int, autoencoder: Autoencoder, dtype: MomentsDtype, mirror: bool
-) -> memoryview:
-    """The bytes of the tar with the images [start, stop); equal input gives equal bytes."""
-    content = io.BytesIO()
-    with TarWriter(content, user="", group="", mtime=0) as tar:
-        for first in range(start, stop, ENCODE_BATCH):
-            samples = list(source.read(first, min(first + ENCODE_BATCH, stop)))
-            images = torch.from_numpy(np.stack([sample.image for sample in samples]))
-            views = [images, images.flip(2)] if mirror else [images]
-            moments = torch.stack([autoencoder.encode(view) for view in views], dim=1).cpu().numpy()
-            for sample, stored in zip(samples, _store(moments, samples, dtype), strict=True):
-                tar.write({"__key__": sample.key, "moments.npy": stored, "cls": sample.label})
-    return content.getbuffer()
-
-
-def _store(moments: np.ndarray, samples: list[LabelledImage], dtype: MomentsDtype) -> np.ndarray:
-    """Moments [B, V, 2C, H, W] in the stored dtype.
-
-    Raises:
-        DataError: a mean is not finite there, or a log-variance is NaN or +inf (-inf is a point).
-    """
-    with np.errstate(over="ignore"):
-        stored = moments.astype(dtype)
-    mean, log_variance = np.split(stored, 2, axis=2)
-    good = np.isfinite(mean) & (log_variance < np.inf)
-    if not good.all():
-        sample = samples[int(np.argmin(good.all(axis=(1, 2, 3, 4))))]
-        raise DataError(f"Moments must be finite in {dtype}, but those of {sample.key} are not; store them in float32.")
-    return stored
-
-
-def _index_part(path: Path, samples: int, dtype: MomentsDtype) -> ShardIndex:
-    index = index_shard(path)
-    if len(index.records) != samples or index.dtype != np.dtype(dtype):
-        raise DataError(
-            f"{path} must hold {samples} samples of {dtype}, found {len(index.records)} of {index.dtype}; "
-            "delete it and prepare the data set again."
+    def log(self, task: ShardTask, index: ShardIndex) -> None:
+        self._done += task.stop - task.start
+        self._bytes += task.path.stat().st_size
+        done = self._done_before + self._done
+        speed = self._done / (time.monotonic() - self._started)
+        logger.info(
+            "Wrote %s: %s of %s images, %s images/s, %s s left, %.1f MB%s",
+            task.path.name,
+            f"{done:,}",
+            f"{self._images:,}",
+            f"{speed:,.0f}",
+            f"{(self._images - done) / speed:,.0f}",
+            self._bytes / 1e6,
+            f", {len(index.skipped)} skipped" if index.skipped else "",
         )
-    return index
-
-
-def _write_manifest(
-    directory: Path, request: dict[str, Any], num_classes: int, shards: list[tuple[Path, ShardIndex]]
-) -> Manifest:
-    layouts = {(index.moments_shape, index.dtype) for _, index in shards}
-    if len(layouts) != 1:
-        raise DataError(f"All shards of {directory} must hold moments of one shape, found {sorted(map(str, layouts))}.")
-    records = np.concatenate([index.records for _, index in shards])
-    low, high = int(records["label"].min()), int(records["label"].max())
-    if low < 0 or high >= num_classes:
-        raise DataError(f"Labels must lie in [0, {num_classes}), found {low} to {high} in {directory}.")
-    manifest = Manifest(
-        name=request["name"],
-        source=request["source"],
-        autoencoder=request["autoencoder"],
-        latent_scale=request["latent_scale"],
-        latent_shift=request["latent_shift"],
-        dtype=request["dtype"],
-        moments_shape=shards[0][1].moments_shape,
-        num_classes=num_classes,
-        label_histogram=tuple(np.bincount(records["label"], minlength=num_classes).tolist()),
-        shards=tuple(
-            ShardRecord(**file_record(path).model_dump(), samples=len(index.records)) for path, index in shards
-        ),
-        index=write_index(directory, records),
-    )
-    write_manifest(directory, manifest)
-    return manifest

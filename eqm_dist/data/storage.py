@@ -1,19 +1,33 @@
-"""Where files live: which locations are allowed, and how a file comes to be whole or not at all.
+"""Where files live: local directories and s3:// prefixes alike, and how a file comes to be whole or not at all.
 
-A leaf that shards, checkpoints and reports share. Only local paths for now; S3 belongs here and nowhere else.
+A leaf that shards, checkpoints and reports share, and the only place that knows S3. Endpoint, region and credentials
+come from where every S3 program looks: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ..., profiles and roles.
 """
 
 import errno
+import itertools
 import os
+import random
 import re
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from eqm_dist.errors import DataError, StorageError
 
 TEMPORARY_SUFFIX = ".tmp"
+DEADLINE_S = 60.0
+"""Seconds without a byte of progress after which S3 is given up."""
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 8.0
+CHUNK_BYTES = 1 << 20
+LIST_PAGE = 1000
+"""Files that S3 lists in one answer, at most."""
+
+T = TypeVar("T")
 
 
 def local_path(location: str | Path) -> Path:
@@ -30,8 +44,277 @@ def local_path(location: str | Path) -> Path:
     return Path(location).expanduser().absolute()
 
 
+def is_remote(location: str | Path) -> bool:
+    """Whether ``location`` is an s3:// URL."""
+    return str(location).startswith("s3://")
+
+
+class Folder(Protocol):
+    """A local directory, or an s3:// prefix, and the files directly in it by name."""
+
+    url: str
+    """Absolute path or s3:// URL, without a slash at the end."""
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """The bytes [start, stop) of a file; by default all.
+
+        Raises:
+            StorageError: it is missing or cannot be read.
+        """
+        ...
+
+    def download(self, name: str, file: BinaryIO) -> None:
+        """Append a whole file to an open one.
+
+        Raises:
+            StorageError: it is missing or cannot be read.
+            OSError: ``file`` cannot be written.
+        """
+        ...
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is none.
+
+        Raises:
+            StorageError: the storage cannot tell.
+        """
+        ...
+
+    def list(self) -> dict[str, int]:
+        """Bytes of every file by name, in the order of the names; empty where there is no folder.
+
+        Raises:
+            StorageError: the storage cannot tell.
+        """
+        ...
+
+    def write(self, name: str, content: bytes | memoryview) -> None:
+        """Write a file that readers see whole or not at all; replaces an old one. At most 5 GiB on S3.
+
+        Raises:
+            StorageError: it cannot be written; an old file stays as it was.
+        """
+        ...
+
+
+def open_folder(location: str | Path, *, deadline_s: float = DEADLINE_S) -> Folder:
+    """The local directory or s3:// prefix that ``location`` names; it need not exist.
+
+    Args:
+        location: a path, or s3://BUCKET/PREFIX.
+        deadline_s: how long S3 may answer with errors, or not at all, before it is given up.
+
+    Raises:
+        DataError: any other kind of URL. ``pipe:`` URLs stay refused for good: they run a shell.
+        StorageError: S3 is not configured.
+    """
+    return S3Folder(str(location), deadline_s) if is_remote(location) else LocalFolder(location)
+
+
+class LocalFolder:
+    """A ``Folder`` on this machine."""
+
+    def __init__(self, location: str | Path) -> None:
+        self._path = local_path(location)
+        self.url = str(self._path)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """See ``Folder``."""
+        path = self._path / name
+        with storage_errors("read", path), open(path, "rb") as file:
+            file.seek(start)
+            return file.read(-1 if stop is None else max(0, stop - start))
+
+    def download(self, name: str, file: BinaryIO) -> None:
+        """See ``Folder``."""
+        path = self._path / name
+        with storage_errors("read", path):
+            source = open(path, "rb")  # noqa: SIM115
+        with source:
+            while chunk := source.read(CHUNK_BYTES):
+                file.write(chunk)
+
+    def size(self, name: str) -> int | None:
+        """See ``Folder``."""
+        path = self._path / name
+        with storage_errors("read", path):
+            try:
+                return path.stat().st_size
+            except FileNotFoundError:
+                return None
+
+    def list(self) -> dict[str, int]:
+        """See ``Folder``."""
+        with storage_errors("list", self._path), suppress(FileNotFoundError), os.scandir(self._path) as entries:
+            return dict(sorted((entry.name, entry.stat().st_size) for entry in entries if entry.is_file()))
+        return {}
+
+    def write(self, name: str, content: bytes | memoryview) -> None:
+        """See ``Folder``."""
+        with storage_errors("create", self._path):
+            self._path.mkdir(parents=True, exist_ok=True)
+        atomic_write(self._path / name, content)
+
+
+class S3Folder:
+    """A ``Folder`` on S3 or what speaks its protocol. Safe to use from several threads.
+
+    A request that fails for a reason that may pass (no connection, a stall, 429, 5xx) is tried again after a pause
+    that doubles and is drawn at random, so that many workers do not come back at once. A download goes on from the byte
+    that it had reached.
+    """
+
+    def __init__(self, url: str, deadline_s: float) -> None:
+        match = re.fullmatch(r"s3://([A-Za-z0-9][A-Za-z0-9._-]+)(?:/+(.*?))?/*", url)
+        if match is None:
+            raise DataError(f"An S3 location must be s3://BUCKET/PREFIX, received {url}; correct it.")
+        self._bucket = match[1]
+        self._prefix = f"{match[2]}/" if match[2] else ""
+        self.url = f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+        self._deadline_s = deadline_s
+        # Several attempts must fit into the deadline, though one may stall until its time is out.
+        self._attempt_s = min(10.0, deadline_s / 4)
+        self._client = _s3_client(self._attempt_s)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """See ``Folder``."""
+        if stop is not None and stop <= start:
+            return b""
+        wanted = {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"} if start or stop is not None else {}
+        return self._retry("read", name, lambda: self._client.get_object(**self._key(name), **wanted)["Body"].read())
+
+    def download(self, name: str, file: BinaryIO) -> None:
+        """See ``Folder``."""
+        received = 0
+
+        def receive() -> None:
+            nonlocal received
+            rest = {"Range": f"bytes={received}-"} if received else {}
+            answer = self._client.get_object(**self._key(name), **rest)
+            for chunk in answer["Body"].iter_chunks(CHUNK_BYTES):
+                file.write(chunk)
+                received += len(chunk)
+
+        self._retry("read", name, receive, progress=lambda: received)
+
+    def size(self, name: str) -> int | None:
+        """See ``Folder``."""
+
+        def head() -> int | None:
+            try:
+                return self._client.head_object(**self._key(name))["ContentLength"]
+            except self._client.exceptions.ClientError as error:
+                if _status(error) == 404:
+                    return None
+                raise
+
+        return self._retry("read", name, head)
+
+    def list(self) -> dict[str, int]:
+        """See ``Folder``."""
+        sizes: dict[str, int] = {}
+        token: dict[str, str] = {}
+        while True:
+            answer = self._retry(
+                "list",
+                "",
+                lambda token=token: self._client.list_objects_v2(
+                    Bucket=self._bucket, Prefix=self._prefix, Delimiter="/", MaxKeys=LIST_PAGE, **token
+                ),
+            )
+            for entry in answer.get("Contents", []):
+                if name := entry["Key"].removeprefix(self._prefix):
+                    sizes[name] = entry["Size"]
+            if not answer.get("IsTruncated"):
+                return sizes
+            token = {"ContinuationToken": answer["NextContinuationToken"]}
+
+    def write(self, name: str, content: bytes | memoryview) -> None:
+        """See ``Folder``."""
+        body = bytes(content)
+        self._retry("write", name, lambda: self._client.put_object(**self._key(name), Body=body))
+
+    def _key(self, name: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._prefix + name}
+
+    def _retry(self, action: str, name: str, attempt: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
+        """The result of the first attempt that succeeds.
+
+        Raises:
+            StorageError: names the object, when trying again cannot help or the deadline would pass.
+        """
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        where = f"{self.url}/{name}" if name else self.url
+        began, reached, failures = time.monotonic(), 0, 0
+        for tries in itertools.count(1):
+            try:
+                return attempt()
+            except (BotoCoreError, ClientError, ConnectionError, TimeoutError) as error:
+                reason = " ".join(str(error).split()).rstrip(".")
+                if not _may_pass(error):
+                    raise StorageError(
+                        f"Cannot {action} {where}: {reason}; check the name, the credentials and their rights."
+                    ) from error
+                if progress() > reached:
+                    began, reached, failures = time.monotonic(), progress(), 0
+                # Jitter, not secrecy.
+                pause = random.uniform(0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**failures))  # noqa: S311
+                failures += 1
+                if time.monotonic() - began + pause + self._attempt_s > self._deadline_s:
+                    raise StorageError(
+                        f"Cannot {action} {where}: {reason}; tried {tries} times within the deadline of "
+                        f"{self._deadline_s:g} s; check the endpoint and the network, then run the command again."
+                    ) from error
+                time.sleep(pause)
+        raise AssertionError
+
+
+def _s3_client(attempt_s: float) -> Any:
+    from boto3.session import Session
+    from botocore.config import Config
+
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    config = Config(
+        connect_timeout=attempt_s,
+        read_timeout=attempt_s,
+        retries={"total_max_attempts": 1},  # tried again here, where the deadline is known
+        max_pool_connections=32,
+        # Servers other than Amazon's seldom have a host name per bucket.
+        s3={"addressing_style": "path" if endpoint else "auto"},
+    )
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    try:
+        return Session().client("s3", endpoint_url=endpoint or None, region_name=region, config=config)
+    except Exception as error:
+        raise StorageError(
+            f"S3 cannot be used: {error}; check AWS_ENDPOINT_URL, AWS_REGION and AWS_PROFILE."
+        ) from error
+
+
+def _status(error: Exception) -> int:
+    return getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a request that failed so may succeed when it is made again."""
+    from botocore.exceptions import (
+        ClientError,
+        ConnectionError,
+        HTTPClientError,
+        IncompleteReadError,
+        ResponseStreamingError,
+    )
+
+    if isinstance(error, ClientError):
+        code = error.response.get("Error", {}).get("Code")
+        return _status(error) in (408, 429) or _status(error) >= 500 or code in ("SlowDown", "RequestTimeout")
+    passing = (ConnectionError, HTTPClientError, IncompleteReadError, ResponseStreamingError)
+    return isinstance(error, (*passing, OSError))
+
+
 @contextmanager
-def storage_errors(action: str, path: Path) -> Iterator[None]:
+def storage_errors(action: str, path: str | Path) -> Iterator[None]:
     """Turn a machine's fault into one sentence: "Cannot ``action`` ``path``: No space left on device ..."
 
     Raises:

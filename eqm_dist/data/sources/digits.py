@@ -1,37 +1,11 @@
-"""What images come from. A source is a numbered list of labelled images that can be read from any place."""
+"""The embedded data set."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
 
 import numpy as np
 
-
-@dataclass(frozen=True)
-class LabelledImage:
-    """One image of a source."""
-
-    key: str
-    """Unique in its source, without a dot (WebDataset ends the key at the first one)."""
-    image: np.ndarray
-    """[H, W, C], uint8; all of a source have one shape."""
-    label: int
-    """In [0, num_classes)."""
-
-
-class ImageSource(Protocol):
-    """Images numbered 0 .. len - 1; a shard is a range of these numbers, so shards can be written in any order."""
-
-    id: str
-    """Names the images; written to the manifest."""
-    num_classes: int
-
-    def __len__(self) -> int: ...
-
-    def read(self, start: int, stop: int) -> Iterator[LabelledImage]:
-        """The images [start, stop), in order."""
-        ...
+from eqm_dist.data.sources.image import LabelledImage
 
 
 class Digits:
