@@ -5,9 +5,11 @@ import multiprocessing
 import os
 import pickle
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list
         for process in processes:
             process.start()
         try:
-            results = dict(pickle.loads(queue.get(timeout=_DEADLINE_S)) for _ in range(world))
+            results = dict(_next_result(queue, processes) for _ in range(world))
         finally:
             for process in processes:
                 process.join(timeout=10)
@@ -39,6 +41,17 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list
     for rank, (error, _) in results.items():
         assert error is None, f"rank {rank} failed:\n{error}"
     return [results[rank][1] for rank in range(world)]
+
+
+def _next_result(queue: Any, processes: list[Any]) -> Any:
+    end = time.monotonic() + _DEADLINE_S
+    while time.monotonic() < end:
+        try:
+            return pickle.loads(queue.get(timeout=1))  # noqa: S301 (from our own child)
+        except Empty:
+            died = [rank for rank, process in enumerate(processes) if process.exitcode]
+            assert not died, f"rank {died[0]} died with exit code {processes[died[0]].exitcode}"
+    raise AssertionError(f"no result within {_DEADLINE_S} s")
 
 
 def _rank(
