@@ -47,7 +47,7 @@ def _next_result(queue: Any, processes: list[Any]) -> Any:
     end = time.monotonic() + _DEADLINE_S
     while time.monotonic() < end:
         try:
-            return pickle.loads(queue.get(timeout=1))  # noqa: S301 (from our own child)
+            return pickle.loads(queue.get(timeout=1))
         except Empty:
             died = [rank for rank, process in enumerate(processes) if process.exitcode]
             assert not died, f"rank {died[0]} died with exit code {processes[died[0]].exitcode}"
