@@ -10,12 +10,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-from PIL import Image
 
 from eqm_dist.config import Config, options
 
@@ -54,37 +52,24 @@ def test_the_readme_use_of_the_numerics_runs_as_it_stands() -> None:
     assert any(parameter.grad.abs().sum() > 0 for parameter in model.parameters() if parameter.grad is not None)
 
 
-def test_the_readme_turns_a_folder_of_images_into_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-    for index, image in enumerate(pixels):
-        file = tmp_path / "my-images" / ("cat" if index < 3 else "dog") / f"{index}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(file)
-    monkeypatch.chdir(tmp_path)
-    exec(readme_block("class Folder"), {})
-
-    from eqm_dist.data.loader import ShardReader
-
-    reader = ShardReader("data/mine", verify_checksums=True)
-    moments, labels = reader.read(np.arange(4))
-    assert reader.num_classes == 2
-    assert reader.latent_shape == (3, 32, 32)
-    assert labels.tolist() == [0, 0, 0, 1]
-    means = moments[:, 0, :3].permute(0, 2, 3, 1).numpy()
-    np.testing.assert_allclose((means + 1) * 127.5, pixels, atol=1e-4)  # 2**-23 of 255, and room for the division
-
-
 def test_every_command_of_the_readme_exists() -> None:
     code = "\n".join(re.findall(r"```.*?```|`[^`]+`", README, flags=re.DOTALL))
     keys = {key for key, _ in options(Config)} | {"help", "dry-run", "config", "preset", "launcher"}
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     asked_targets = set(re.findall(r"\bmake ([a-z-]+)", code))
     scripts = set(re.findall(r"\b(?:pipelines|tuning)/\w+\.py\b", code))
-    flags = {flag for line in code.splitlines() if "ray " not in line for flag in re.findall(r"--([\w.-]+)", line)}
+    commands = [line for line in code.replace("\\\n", " ").splitlines() if "ray " not in line]
+    others = [line for line in commands if re.search(r"pipelines/(?!train\.py)", line)]
+    flags = {flag for line in commands if line not in others for flag in re.findall(r"--([\w.-]+)", line)}
     assert {"train", "test", "ui"} <= asked_targets <= targets
     assert "pipelines/train.py" in scripts
     assert [script for script in scripts if not (ROOT / script).is_file()] == []
     assert {"dry-run", "train.steps"} <= flags <= keys
+    for line in others:
+        source = "".join(
+            (ROOT / script).read_text(encoding="utf-8") for script in re.findall(r"pipelines/\w+\.py", line)
+        )
+        assert [flag for flag in re.findall(r"--[\w.-]+", line) if f'"{flag}"' not in source] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
