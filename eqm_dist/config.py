@@ -9,6 +9,7 @@ import difflib
 import typing
 from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar, cast
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -327,6 +328,11 @@ class TrackConfig(Section):
 
     @model_validator(mode="after")
     def _needs_mlflow(self) -> Self:
+        if self.mlflow_uri is not None and urlsplit(self.mlflow_uri).password is not None:
+            raise ValueError(
+                "mlflow_uri must not hold a password, which would end up in every record of the run; give it as"
+                " MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+            )
         for name in ("mlflow_uri", "experiment", "timeout_s"):
             if not self.mlflow and getattr(self, name) is not None:
                 raise ValueError(f"{name} has no effect with mlflow=false; leave it out or use mlflow=true")

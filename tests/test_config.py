@@ -196,6 +196,7 @@ def test_one_sentence_for_several_wrong_values() -> None:
             "cpus_per_worker has no effect with launcher=",
         ),
         ({"launch.launcher": "local", "engine.kind": "deepspeed"}, "launch.launcher=local is one plain process"),
+        ({"track.mlflow_uri": "http://me:secret@host"}, "mlflow_uri must not hold a password"),
         ({"objective.energy": "dot", "engine.zero_stage": 3}, "use engine.zero_stage 0, 1 or 2"),
         ({"launch.launcher": "local", "engine.zero_stage": 0}, "engine.zero_stage has no effect with launch.launcher"),
         (

@@ -14,6 +14,7 @@ from eqm_dist.core.objective import ConditionalField
 from eqm_dist.core.samplers import Sampler
 from eqm_dist.data.loader import ShardReader
 from eqm_dist.data.order import rank_range
+from eqm_dist.data.storage import storage_errors
 from eqm_dist.evaluate.generate import balanced_labels, generate
 from eqm_dist.evaluate.grid import sample_grid
 from eqm_dist.evaluate.metrics import FeatureMoments, feature_moments, frechet_distance, half_split_fid
@@ -72,8 +73,10 @@ class Evaluator:
         if self.rank:
             return metrics, []
         path = self.directory / f"samples_step{step:08d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sample_grid(grid, balanced_labels(torch.arange(len(grid)), self.reader.num_classes), self.columns).save(path)
+        picture = sample_grid(grid, balanced_labels(torch.arange(len(grid)), self.reader.num_classes), self.columns)
+        with storage_errors("write", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
         return metrics, [path]
 
     @property
