@@ -66,7 +66,13 @@ def test_verify_accepts_a_whole_data_set(tmp_path: Path, capsys: pytest.CaptureF
     ("arguments", "error", "sentence"),
     [
         (["verify", "/nowhere"], DataError, "/nowhere does not exist; prepare one with"),
-        (["--source", "digits", "--out", "s3://bucket/x"], DataError, "must be a local path, received the s3: URL"),
+        (["--source", "digits", "--out", "s3://bucket/x"], ConfigError, "an s3:// --out needs --staging"),
+        (
+            ["--source", "digits", "--out", "x", "--staging", "y"],
+            ConfigError,
+            "--staging has no effect on a local --out",
+        ),
+        (["--source", "digits", "--out", "gs://bucket/x"], DataError, "must be a local path, received the gs: URL"),
         (["--source", "digits", "--out", "x", "--samples-per-shard", "0"], DataError, "must be at least 1, received 0"),
         (["--source", "digits", "--out", "/dev/null/x"], StorageError, "Cannot create /dev/null/x: Not a directory"),
         (["--source", "digits"], ConfigError, "--source and --out must be given"),
