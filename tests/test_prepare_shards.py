@@ -241,6 +241,7 @@ def local_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_cluster")
 def test_ray_changes_no_byte_and_kills_lose_and_repeat_nothing(tmp_path: Path) -> None:
     write_tree(tmp_path / "tree", good=30)

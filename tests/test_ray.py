@@ -80,6 +80,7 @@ def local_cluster_env() -> dict[str, str]:
     return {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_killed_worker_then_killed_driver_then_the_same_command_again(
     tmp_path: Path, uninterrupted: dict[int, float], local_cluster_env: dict[str, str]
 ) -> None:
