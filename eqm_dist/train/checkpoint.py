@@ -12,7 +12,6 @@ holds (docs/decisions/0004).
 
 import hashlib
 import json
-import logging
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping
@@ -29,8 +28,6 @@ from eqm_dist.data.storage import atomic_write, fsync_directory, storage_errors
 from eqm_dist.errors import CheckpointError, EqmDistError, StorageError
 from eqm_dist.train.distributed import all_reduce_sum, from_rank_zero, gather_objects, rank, world_size
 from eqm_dist.train.engine import WEIGHT, Engine, Fragment
-
-logger = logging.getLogger(__name__)
 
 FORMAT = 1
 MARKER = "COMPLETE.json"

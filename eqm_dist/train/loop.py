@@ -123,11 +123,12 @@ def train(run: Run) -> None:
         if saves or evaluates or run.due(run.log_every):
             _report(run, meters.report())
         # An evaluation comes before the save of its step: whoever resumes there has its figures already.
-        if evaluates:
-            _evaluate(run)
-        if saves:
-            _save(run)
         if saves or evaluates:
+            weights = run.averaged_weights()
+            if evaluates:
+                _evaluate(run, weights)
+            if saves:
+                _save(run, weights)
             meters.restart_clock()
         waited_from = time.perf_counter()
 
@@ -176,10 +177,10 @@ def _report(run: Run, interval: Interval) -> None:
     )  # fmt: skip
 
 
-def _evaluate(run: Run) -> None:
+def _evaluate(run: Run, weights: Mapping[str, Tensor]) -> None:
     assert run.evaluate is not None
     started = time.perf_counter()
-    metrics, pictures = run.evaluate(run.averaged_weights(), run.state.step)
+    metrics, pictures = run.evaluate(weights, run.state.step)
     if run.tracker is not None:
         seconds = time.perf_counter() - started
         run.tracker.log(run.state.step, {**metrics, "time/evaluation_s": seconds})
@@ -189,9 +190,9 @@ def _evaluate(run: Run) -> None:
         logger.info("evaluated step %s in %.0f s | %s", f"{run.state.step:,}", seconds, figures)
 
 
-def _save(run: Run) -> None:
+def _save(run: Run, weights: Mapping[str, Tensor]) -> None:
     started = time.perf_counter()
-    path = run.checkpoints.save(run.engine, run.state.step, run.averaged_weights(), run.config_yaml)
+    path = run.checkpoints.save(run.engine, run.state.step, weights, run.config_yaml)
     run.on_checkpoint(path, run.state.step)
     if rank() == 0:
         seconds = time.perf_counter() - started
