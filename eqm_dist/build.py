@@ -1,31 +1,24 @@
-"""The composition root: the only reader of the config, the only maker of objects.
+"""The composition root: the maker of all objects that a config describes.
 
-``open_run`` is what the driver does before anything is computed, ``build_run`` what each worker does; who wants to
-know what a run is made of reads this file.
+``build_run`` is what each worker does; who wants to know what a run is made of reads this file.
 """
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from eqm_dist.config import (
-    RESUMABLE_KEYS,
     Config,
     DecayConfig,
     SamplerConfig,
-    dump,
-    flatten,
-    parse,
     to_yaml,
-    with_overrides,
 )
 from eqm_dist.core.decay import ConstantDecay, Decay, LinearDecay, PiecewiseDecay, TruncatedDecay, divergence_bound
 from eqm_dist.core.energy import ExplicitEnergy
@@ -34,10 +27,9 @@ from eqm_dist.core.objective import ConditionalField, eqm_loss, flow_matching_lo
 from eqm_dist.core.samplers import GradientDescent, NesterovGradientDescent, Sampler
 from eqm_dist.data.cache import FileCache
 from eqm_dist.data.loader import JoinedReader, Loader, ShardReader
-from eqm_dist.data.manifest import Manifest, read_manifest
+from eqm_dist.data.manifest import Manifest
 from eqm_dist.data.order import MixedOrder, SampleOrder
-from eqm_dist.data.shards import digits_shards
-from eqm_dist.data.storage import DEADLINE_S, atomic_write, is_remote, local_path, open_folder, storage_errors
+from eqm_dist.data.storage import DEADLINE_S, is_remote, local_path
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.evaluator import Evaluator
 from eqm_dist.evaluate.features import ImageClassifier, load_classifier, load_digit_classifier
@@ -46,9 +38,8 @@ from eqm_dist.models.sit import SiT
 from eqm_dist.models.sizes import SIZES, forward_macs, parameter_count, training_flops_per_image
 from eqm_dist.track.composite import CompositeTracker
 from eqm_dist.track.jsonl import JsonlTracker, read_metrics
-from eqm_dist.track.mlflow import MlflowRun, MlflowTracker, default_uri
-from eqm_dist.track.mlflow import open_run as open_mlflow_run
-from eqm_dist.train.checkpoint import Checkpoints, read_marker
+from eqm_dist.track.mlflow import MlflowRun, MlflowTracker
+from eqm_dist.train.checkpoint import Checkpoints
 from eqm_dist.train.distributed import all_reduce_sum, from_rank_zero, rank, world_size
 from eqm_dist.train.engine import Engine, TorchEngine
 from eqm_dist.train.loop import Run
@@ -60,7 +51,7 @@ from eqm_dist.train.step import Objective, TrainingStep
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
-MANIFEST_COPY = "manifest.json"
+
 CHECKPOINTS = "checkpoints"
 
 
@@ -77,35 +68,6 @@ class OpenRun:
     config: Config
     directory: Path
     mlflow: MlflowRun | None
-
-
-def open_run(config: Config) -> OpenRun:
-    """Check the data and the run directory, and open the record; called once, by the driver.
-
-    Raises:
-        ConfigError: the config contradicts the run of that name, or the shards.
-        DataError: there are no such shards.
-        StorageError: the run directory cannot be written.
-        TrackingError: the tracking server does not answer.
-    """
-    root = _root(config)
-    directory = root / config.run.name
-    embedded = root / "data" / "digits"
-    config = _with_absolute_locations(config, root, embedded)
-    if config.data.shards == str(embedded):
-        digits_shards(embedded)
-    deadline_s = config.data.deadline_s or DEADLINE_S
-    manifests = [read_manifest(open_folder(place, deadline_s=deadline_s)) for place in config.data.locations()]
-    for location, manifest in zip(config.data.locations(), manifests, strict=True):
-        _check_data(config, manifest, location)
-    copies = {_manifest_copy(number): manifest for number, manifest in enumerate(manifests)}
-    _check_same_run(config, directory, copies)
-    with storage_errors("create", directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    atomic_write(directory / CONFIG_FILE, to_yaml(config).encode())
-    for name, manifest in copies.items():
-        atomic_write(directory / name, manifest.model_dump_json(indent=1).encode())
-    return OpenRun(config, directory, _open_mlflow(config, root, directory) if config.track.mlflow else None)
 
 
 def build_run(
@@ -304,7 +266,7 @@ def derived_numbers(config: Config) -> dict[str, str]:
         "images": f"{config.train.steps * config.train.global_batch:,}",
         "checkpoint": f"{checkpoint:,} bytes ({checkpoint / 2**30:.2f} GiB), {config.checkpoint.keep} kept",
         "training cost": f"{training_flops_per_image(macs) / 1e9:.3f} GFLOP per image ({macs / 1e9:.3f} GMAC forward)",
-        "run directory": str(_root(config) / config.run.name),
+        "run directory": str(runs_root(config) / config.run.name),
     }
     bound = divergence_bound(build_decay(config.objective.decay)) if config.objective.kind == "eqm" else None
     if bound is not None:
@@ -324,107 +286,13 @@ def step_size_warning(config: Config) -> str | None:
     )
 
 
-def _root(config: Config) -> Path:
+def runs_root(config: Config) -> Path:
+    """The directory that holds all runs."""
     if config.run.root is not None:
         return local_path(config.run.root)
     # Ray unpacks a submitted working directory into a copy that it throws away: runs there would be lost.
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     return Path.home() / "eqm-dist-runs" if in_job else Path.cwd() / "runs"
-
-
-def _with_absolute_locations(config: Config, root: Path, embedded: Path) -> Config:
-    def absolute(location: str) -> str:
-        return location if is_remote(location) else str(local_path(location))
-
-    overrides: dict[str, Any] = {"run.root": str(root)}
-    if config.data.mix:
-        overrides["data.mix"] = [{"shards": absolute(part.shards), "weight": part.weight} for part in config.data.mix]
-    else:
-        overrides["data.shards"] = absolute(config.data.shards or str(embedded))
-    if config.data.cache_dir is not None:
-        overrides["data.cache_dir"] = str(local_path(config.data.cache_dir))
-    if config.evaluation.extractor != "digits":
-        overrides["evaluation.extractor"] = str(local_path(config.evaluation.extractor))
-    return with_overrides(config, overrides)
-
-
-def _manifest_copy(number: int) -> str:
-    return f"manifest-{number}.json" if number else MANIFEST_COPY
-
-
-def _check_data(config: Config, manifest: Manifest, location: str) -> None:
-    if manifest.latent_shape != config.data.latent_shape:
-        raise DataError(
-            f"data.latent_shape={list(config.data.latent_shape)} must be that of the shards in {location},"
-            f" {list(manifest.latent_shape)}; correct one of them."
-        )
-    if manifest.num_classes != config.data.num_classes:
-        raise DataError(
-            f"data.num_classes={config.data.num_classes} must be that of the shards in {location},"
-            f" {manifest.num_classes}; correct one of them."
-        )
-    if config.data.flip and manifest.moments_shape[0] == 1:
-        raise DataError(
-            f"data.flip=true needs shards that hold mirrored images, and those in {location} do not;"
-            " set data.flip=false or prepare them with --mirror."
-        )
-    if config.evaluation.every:
-        # A decoder that is gone, or an extractor of other images, fails now and not at the first evaluation.
-        image = build_autoencoder(manifest).decode(torch.zeros(1, *manifest.latent_shape))
-        _load_extractor(config.evaluation.extractor)(image)
-
-
-def _check_same_run(config: Config, directory: Path, manifests: Mapping[str, Manifest]) -> None:
-    """A run that has begun goes on only as what it was."""
-    file = directory / CONFIG_FILE
-    begun = (directory / METRICS_FILE).exists() or (directory / CHECKPOINTS).exists()
-    if not begun or not file.exists():  # an attempt that failed before its first step binds nobody
-        return
-    before = _deciding(parse(Config, yaml.safe_load(file.read_text(encoding="utf-8")), str(file)))
-    for key, value in _deciding(config).items():
-        if before[key] != value and not key.startswith(RESUMABLE_KEYS):
-            raise ConfigError(
-                f"{key} was {before[key]} when the run {config.run.name} started and is now {value};"
-                f" start another run with --run.name, or delete {directory} to start this one over."
-            )
-    if before["train.steps"] != config.train.steps and config.optimizer.schedule != "constant":
-        raise ConfigError(
-            f"train.steps was {before['train.steps']} when the run {config.run.name} started and is now"
-            f" {config.train.steps}, which would change the learning rates of its {config.optimizer.schedule} schedule;"
-            " keep it, or start another run with --run.name."
-        )
-    latest = Checkpoints(directory / CHECKPOINTS, config.checkpoint.keep).latest()
-    step = read_marker(latest)["step"] if latest else 0
-    if config.train.steps < step:
-        raise ConfigError(
-            f"train.steps={config.train.steps} must be at least the {step} steps that the run {config.run.name} has"
-            " made already; raise it, or start another run with --run.name."
-        )
-    for location, (name, manifest) in zip(config.data.locations(), manifests.items(), strict=True):
-        copy = directory / name
-        if copy.exists() and Manifest.model_validate_json(copy.read_bytes()) != manifest:
-            raise DataError(
-                f"The shards in {location} are not those that the run {config.run.name} started with; restore"
-                " them, or start another run with --run.name."
-            )
-
-
-def _deciding(config: Config) -> dict[str, Any]:
-    """The config by dotted keys; of a mixture only the weights, for its data sets may move as a single one may."""
-    values = flatten(dump(config))
-    return {**values, "data.mix": [part.weight for part in config.data.mix]}
-
-
-def _open_mlflow(config: Config, root: Path, directory: Path) -> MlflowRun:
-    return open_mlflow_run(
-        directory,
-        name=config.run.name,
-        tracking_uri=config.track.mlflow_uri or default_uri(root),
-        experiment=config.track.experiment or "eqm-dist",
-        params=flatten(dump(config)),
-        config_yaml=to_yaml(config),
-        timeout_s=config.track.timeout_s or 20,
-    )
 
 
 def _width_depth_heads(config: Config) -> tuple[int, int, int]:
@@ -502,7 +370,7 @@ def build_evaluator(
         evaluations=evaluation.sampler.evaluations,
         autoencoder=autoencoder,
         reader=reader,
-        extractor=_load_extractor(evaluation.extractor).to(device),
+        extractor=load_extractor(evaluation.extractor).to(device),
         samples=evaluation.samples,
         batch=evaluation.batch,
         columns=evaluation.grid_columns,
@@ -514,7 +382,8 @@ def build_evaluator(
     )
 
 
-def _load_extractor(name: str) -> ImageClassifier:
+def load_extractor(name: str) -> ImageClassifier:
+    """The feature extractor of a config."""
     return load_digit_classifier() if name == "digits" else load_classifier(name)
 
 

@@ -2,7 +2,7 @@
 
 ``Config`` is the whole of a training run; its sections are its table of contents. A value comes from, in rising
 order, the defaults below, a preset, a YAML file and the command line (``eqm_dist.cli``). Nothing here imports torch,
-so that ``--help`` answers at once; nothing outside ``eqm_dist.build`` and ``eqm_dist.launch`` reads it.
+so that ``--help`` answers at once; only ``eqm_dist.build`` and what stands above it read it.
 """
 
 import difflib

@@ -20,9 +20,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from eqm_dist.build import build_model, build_run, open_run
+from eqm_dist.build import build_model, build_run
 from eqm_dist.config import Config
 from eqm_dist.errors import CheckpointError
+from eqm_dist.open_run import open_run
 from eqm_dist.track.jsonl import read_metrics
 from eqm_dist.train.checkpoint import EMA_FILE, MARKER, read_marker
 from eqm_dist.train.loop import Run, train
@@ -164,7 +165,8 @@ SAVERS = """
 import os, sys
 from pathlib import Path
 import torch
-from eqm_dist.build import build_run, open_run
+from eqm_dist.build import build_run
+from eqm_dist.open_run import open_run
 from tests import tiny
 
 torch.set_num_threads(1)

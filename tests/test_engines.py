@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from eqm_dist.build import OpenRun, build_model, build_run, open_run
+from eqm_dist.build import OpenRun, build_model, build_run
 from eqm_dist.config import Config, with_overrides
+from eqm_dist.open_run import open_run
 from eqm_dist.presets import digits
 from eqm_dist.track.jsonl import read_metrics
 from eqm_dist.train.loop import train

@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from eqm_dist.build import open_run
 from eqm_dist.cli import config_from, parser
 from eqm_dist.errors import LaunchError
+from eqm_dist.open_run import open_run
 from eqm_dist.track.jsonl import read_metrics
 from tests.distributed import run_ranks
 from tests.test_engines import run_engines

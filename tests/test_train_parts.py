@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import eqm_dist.train.meters as meters_module
-from eqm_dist.build import OpenRun, build_run, open_run, plan_batch
+from eqm_dist.build import OpenRun, build_run, plan_batch
 from eqm_dist.config import Config, with_overrides
 from eqm_dist.core.decay import TruncatedDecay
 from eqm_dist.core.objective import eqm_loss
@@ -24,6 +24,7 @@ from eqm_dist.data.order import SampleOrder, rank_range
 from eqm_dist.data.shards import write_shards
 from eqm_dist.errors import ConfigError, NonFiniteLossError
 from eqm_dist.models import SiT
+from eqm_dist.open_run import open_run
 from eqm_dist.presets import digits
 from eqm_dist.track.jsonl import read_metrics
 from eqm_dist.train.loop import train

@@ -5,10 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from eqm_dist.build import CHECKPOINTS, METRICS_FILE, OpenRun, derived_numbers, open_run, step_size_warning
+from eqm_dist.build import CHECKPOINTS, METRICS_FILE, OpenRun, derived_numbers, step_size_warning
 from eqm_dist.config import Config, to_yaml
 from eqm_dist.launch import local
 from eqm_dist.logs import setup_logging
+from eqm_dist.open_run import open_run
 from eqm_dist.track.mlflow import MlflowRun, close_run, default_uri
 from eqm_dist.track.result import read_result
 
