@@ -97,7 +97,7 @@ def prepare(arguments: Sequence[str]) -> None:
     autoencoder = load_autoencoder(None if options.autoencoder == "identity" else options.autoencoder)
     runner = run_here
     if options.launcher == "ray":
-        from eqm_dist.launch.ray_prepare import run_on_ray as runner
+        from eqm_dist.launch.ray_actors import run_on_ray as runner
     manifest = write_shards(
         options.staging or options.out,
         options.source,

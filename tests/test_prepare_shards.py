@@ -301,7 +301,7 @@ def test_what_an_actor_refuses_is_one_sentence(tmp_path: Path) -> None:
 def test_each_gpu_gets_an_actor_that_fits_its_node(
     nodes: list[dict[str, float]], count: int, cpus: int, gpus: int
 ) -> None:
-    from eqm_dist.launch.ray_prepare import _divide
+    from eqm_dist.launch.ray_actors import _divide
 
     found, share = _divide(nodes)
     assert (found, share.cpus, share.gpus) == (count, cpus, gpus)

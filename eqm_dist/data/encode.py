@@ -34,6 +34,9 @@ class ShardTask:
     start: int
     stop: int
 
+    def __str__(self) -> str:
+        return self.path.name
+
 
 @dataclass(frozen=True)
 class ShardWriter:
@@ -44,14 +47,14 @@ class ShardWriter:
     dtype: MomentsDtype
     mirror: bool
 
-    def write(self, task: ShardTask, device: torch.device | None = None) -> ShardIndex:
+    def write(self, task: ShardTask, device: torch.device) -> ShardIndex:
         """Encode on ``device`` and write the tar, whole or not at all.
 
         Raises:
             DataError: the images differ in size, or a moment does not fit into ``dtype``.
             StorageError: an image cannot be read or the tar cannot be written.
         """
-        atomic_write(task.path, self._encode(task, device or torch.device("cpu")))
+        atomic_write(task.path, self._encode(task, device))
         return check_shard(task, self.dtype)
 
     def _encode(self, task: ShardTask, device: torch.device) -> memoryview:

@@ -16,6 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from eqm_dist.data.assemble import Description, assemble
 from eqm_dist.data.encode import ShardTask, ShardWriter, check_shard
 from eqm_dist.data.index import ShardIndex
@@ -36,16 +38,17 @@ from eqm_dist.models.autoencoder import Autoencoder, IdentityAutoencoder
 REQUEST_NAME = "preparation.json"
 REPORT_NAME = "report.json"
 
-Runner = Callable[[ShardWriter, Sequence[ShardTask]], Iterator[tuple[ShardTask, ShardIndex]]]
+Work = Callable[[ShardTask, torch.device], ShardIndex]
+Runner = Callable[[Work, Sequence[ShardTask]], Iterator[tuple[ShardTask, ShardIndex]]]
 """Writes shards, here or elsewhere, and yields each as it is done, in any order."""
 
 logger = logging.getLogger(__name__)
 
 
-def run_here(writer: ShardWriter, tasks: Sequence[ShardTask]) -> Iterator[tuple[ShardTask, ShardIndex]]:
+def run_here(work: Work, tasks: Sequence[ShardTask]) -> Iterator[tuple[ShardTask, ShardIndex]]:
     """The runner of this process: one shard after the other, on the CPU."""
     for task in tasks:
-        yield task, writer.write(task)
+        yield task, work(task, torch.device("cpu"))
 
 
 def digits_shards(directory: str | Path) -> Manifest:
@@ -131,7 +134,7 @@ def write_shards(
         missing = [task for task in tasks if task.path not in done]
         _check_skipped(directory, done, len(source), max_bad_fraction)
         progress = _Progress(len(source), sum(task.stop - task.start for task in missing))
-        for task, index in runner(ShardWriter(source, autoencoder, dtype, mirror), missing) if missing else ():
+        for task, index in runner(ShardWriter(source, autoencoder, dtype, mirror).write, missing):
             done[task.path] = index
             progress.log(task, index)
             _check_skipped(directory, done, len(source), max_bad_fraction)

@@ -1,0 +1,112 @@
+"""Independent tasks done by the actors of a Ray cluster: shards to write, images to draw or to measure.
+
+An actor holds what the work needs (weights, an open data set), a GPU if there are any, and the cores that go with it.
+It does one task at a time and only what the task returns travels back. Ray changes no number of it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any, TypeVar
+
+import ray
+import torch
+from ray.exceptions import RayActorError, RayTaskError
+
+from eqm_dist.errors import EqmDistError, LaunchError
+from eqm_dist.launch.ray_cluster import cluster
+
+IN_FLIGHT = 2
+"""Tasks that an actor has been given at once: one in work, one waiting. Bounds what slow work can pile up."""
+TRIES = 4
+"""Times that a task is tried, on actor after actor, when the machine or the process under it dies."""
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def run_on_ray(
+    work: Callable[[Task, torch.device], Result], tasks: Sequence[Task], *, most_actors: int | None = None
+) -> Iterator[tuple[Task, Result]]:
+    """Do all tasks on the cluster that RAY_ADDRESS names, or on a local one that is started for it.
+
+    Args:
+        work: (task, the actor's device) -> result; pickles. Each actor has its own copy, which it keeps from task to
+            task.
+        tasks: in the order in which they are begun; they pickle, and their text names them in errors.
+        most_actors: fewer actors than the cluster has room for.
+
+    Yields:
+        Each task with its result as it is done, in any order.
+
+    Raises:
+        EqmDistError: what an actor raised, as it raised it.
+        LaunchError: actors died again and again on one task.
+    """
+    if not tasks:
+        return
+    with cluster():
+        recipe = ray.put(work)  # once, whatever the number of actors: it may hold weights, or name millions of files
+        actors = _actors(recipe, min(len(tasks), most_actors or len(tasks)))
+        waiting = iter(tasks)
+        running: dict[Any, tuple[Task, Any]] = {}
+        for actor, task in zip(cycle(actors), islice(waiting, IN_FLIGHT * len(actors)), strict=False):
+            running[actor.do.remote(task)] = task, actor
+        while running:
+            [finished], _ = ray.wait(list(running), num_returns=1)
+            task, actor = running.pop(finished)
+            result = _result(finished, task)
+            for following in islice(waiting, 1):
+                running[actor.do.remote(following)] = following, actor
+            yield task, result
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one actor gets."""
+
+    cpus: int
+    gpus: int
+
+
+@ray.remote(max_restarts=-1, max_task_retries=TRIES - 1)
+class _Actor:
+    def __init__(self, recipe: Sequence[Any], share: _Share) -> None:
+        torch.set_num_threads(share.cpus)
+        self._work: Callable[[Any, torch.device], Any] = ray.get(recipe[0])
+        self._device = torch.device("cuda" if share.gpus else "cpu")
+
+    def do(self, task: Any) -> Any:
+        return self._work(task, self._device)
+
+
+def _actors(recipe: Any, most: int) -> list[Any]:
+    count, share = _divide([node["Resources"] for node in ray.nodes() if node["Alive"]])
+    remote = _Actor.options(num_cpus=share.cpus, num_gpus=share.gpus)
+    # As a reference inside a list, which the driver keeps alive: an actor that is restarted asks for it again.
+    return [remote.remote([recipe], share) for _ in range(min(count, most))]
+
+
+def _divide(nodes: Sequence[dict[str, float]]) -> tuple[int, _Share]:
+    """One actor for each GPU, with its share of the cores of the node that has fewest for each; without GPUs one
+    actor for each core."""
+    with_gpus = [node for node in nodes if node.get("GPU", 0) >= 1]
+    if with_gpus:
+        cpus = min(int(node.get("CPU", 0) // node["GPU"]) for node in with_gpus)
+        return sum(int(node["GPU"]) for node in with_gpus), _Share(max(1, cpus), 1)
+    return max(1, sum(int(node.get("CPU", 0)) for node in nodes)), _Share(1, 0)
+
+
+def _result(reference: Any, task: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, EqmDistError):
+            raise error.cause from None
+        raise
+    except RayActorError as error:
+        raise LaunchError(
+            f"A task must be done within {TRIES} tries, but the processes that did {task} died each time"
+            f" ({str(error).strip().splitlines()[0]}); see that they have enough memory, and run the same command"
+            " again to go on."
+        ) from error
