@@ -31,14 +31,27 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message[0].upper()}{message[1:]}; see --help.")
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser that knows every key of the config; a command adds its own flags to it."""
-    command = _Parser(
-        usage="%(prog)s [--preset NAME] [--config FILE] [--SECTION.KEY VALUE ...]",  # the whole list is below
+def command_parser(description: str | None, **settings: Any) -> argparse.ArgumentParser:
+    """A parser of a command's own flags: never abbreviated, and bad input is a ``ConfigError``.
+
+    Args:
+        description: for ``--help``, with its line breaks.
+        settings: others of ``argparse.ArgumentParser``.
+    """
+    return _Parser(
         description=description,
-        epilog="Precedence: defaults < --preset < --config < flags. Running the same command again resumes the run.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        **settings,
+    )
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser that knows every key of the config; a command adds its own flags to it."""
+    command = command_parser(
+        description,
+        usage="%(prog)s [--preset NAME] [--config FILE] [--SECTION.KEY VALUE ...]",  # the whole list is below
+        epilog="Precedence: defaults < --preset < --config < flags. Running the same command again resumes the run.",
     )
     command.add_argument("--preset", choices=list(PRESETS), help="start from a named run (default: digits)")
     command.add_argument("--config", metavar="FILE", help="YAML file; runs/NAME/config.yaml starts that run again")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eqm_dist.cli import run
+from eqm_dist.cli import command_parser, run
 from eqm_dist.errors import ConfigError
 from eqm_dist.logs import setup_logging
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def prepare(arguments: Sequence[str]) -> None:
-    parser = _parser("", __doc__)
+    parser = command_parser(__doc__)
     parser.add_argument(
         "--source", choices=SOURCES, help="; ".join(f"{kind}: {text}" for kind, text in SOURCES.items())
     )
@@ -119,7 +119,9 @@ def prepare(arguments: Sequence[str]) -> None:
 
 
 def verify(arguments: Sequence[str]) -> None:
-    parser = _parser("verify", "Compare every byte and sample of shards with their manifest.")
+    parser = command_parser(
+        "Compare every byte and sample of shards with their manifest.", prog="prepare_shards.py verify"
+    )
     parser.add_argument("directory", metavar="DIR")
     options = parser.parse_args(arguments)
 
@@ -130,7 +132,9 @@ def verify(arguments: Sequence[str]) -> None:
 
 
 def index(arguments: Sequence[str]) -> None:
-    parser = _parser("index", "Index and manifest for tars of KEY.moments.npy [V, 2C, H, W] and KEY.cls.")
+    parser = command_parser(
+        "Index and manifest for tars of KEY.moments.npy [V, 2C, H, W] and KEY.cls.", prog="prepare_shards.py index"
+    )
     parser.add_argument("directory", metavar="DIR")
     _add_autoencoder(parser)
     parser.add_argument("--images", default="unknown", metavar="TEXT", help="what the images came from")
@@ -154,7 +158,10 @@ def index(arguments: Sequence[str]) -> None:
 
 
 def merge(arguments: Sequence[str]) -> None:
-    parser = _parser("merge", "Join data sets of one kind into OUT; shards are hard-linked where the file system can.")
+    parser = command_parser(
+        "Join data sets of one kind into OUT; shards are hard-linked where the file system can.",
+        prog="prepare_shards.py merge",
+    )
     parser.add_argument("out", metavar="OUT")
     parser.add_argument("directories", metavar="DIR", nargs="+")
     options = parser.parse_args(arguments)
@@ -171,20 +178,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "index": index,
     "merge": merge,
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise ConfigError(f"{message[0].upper()}{message[1:]}; see --help.")
-
-
-def _parser(command: str, description: str | None) -> argparse.ArgumentParser:
-    return _Parser(
-        prog=f"prepare_shards.py {command}".rstrip(),
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
 
 
 def _add_autoencoder(parser: argparse.ArgumentParser) -> None:

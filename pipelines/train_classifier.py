@@ -7,10 +7,9 @@ Give FILE to training as --evaluation.extractor. A fifth of the images is held o
 digits take half a minute on one core. Prints the accuracies and the sha256, which the package checks for its own.
 """
 
-import argparse
 from collections.abc import Sequence
 
-from eqm_dist.cli import run
+from eqm_dist.cli import command_parser, run
 from eqm_dist.errors import DataError
 
 STEPS = 1650
@@ -23,7 +22,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         EqmDistError: one sentence for the user.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--shards", metavar="DIR", help="data set of pixels; default: the embedded digits")
     parser.add_argument("--out", metavar="FILE", required=True, help="where the weights go, as safetensors")
     parser.add_argument("--steps", type=int, default=STEPS, help="fewest updates (default: %(default)s)")

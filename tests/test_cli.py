@@ -12,6 +12,7 @@ from eqm_dist import cli
 from eqm_dist.config import Config, annotation_name, options, parse, to_yaml, with_overrides
 from eqm_dist.errors import ConfigError, EqmDistError, LaunchError, UserError
 from eqm_dist.presets import PRESETS, digits, eqm_b2, eqm_xl2
+from pipelines import train_classifier
 from tests import tiny
 
 
@@ -112,6 +113,20 @@ def test_a_wrong_flag_is_one_sentence(arguments: list[str], sentence: str) -> No
         config_from(*arguments)
     assert str(raised.value).startswith(sentence)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--out", "x", "--step", "5"], "--step is not an option (command line); did you mean --steps?"),
+        (["--out", "x", "--steps", "few"], "Argument --steps: invalid int value: 'few'; see --help."),
+        ([], "The following arguments are required: --out; see --help."),
+    ],
+)
+def test_a_command_with_flags_of_its_own_refuses_alike(arguments: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        train_classifier.main(arguments)
+    assert str(raised.value) == sentence
 
 
 @pytest.mark.parametrize("key", [key for key, _ in options(Config)])

@@ -84,7 +84,7 @@ def test_verify_accepts_a_whole_data_set(tmp_path: Path, capsys: pytest.CaptureF
         (["--source", "digits", "--out", "x", "--autoencoder", "./no"], DataError, "but ./no is neither"),
         (["--source", "digits", "--out", "x", "--max-bad-fraction", "2"], DataError, r"must lie in \[0, 1\]"),
         (["--source", "photos", "--out", "x"], ConfigError, "invalid choice: 'photos'"),
-        (["--sources", "digits"], ConfigError, "Unrecognized arguments: --sources digits"),
+        (["--sources", "digits"], ConfigError, "--sources is not an option .* did you mean --source[?]"),
         (["index", "/nowhere"], DataError, "must hold tars, but /nowhere holds none"),
         (["merge", "out", "/nowhere"], DataError, "/nowhere does not exist"),
         (["merge", "out"], ConfigError, "required: DIR"),
