@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from eqm_dist.hidden import hidden
+
 TINY: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 3,
     "up_block_types": ("UpDecoderBlock2D",) * 3,
@@ -17,7 +19,8 @@ TINY: dict[str, Any] = {
 
 def save_tiny_vae(folder: Path, *, seed: int = 0, **config: float) -> Path:
     """An AutoencoderKL of 3 channels that halves the sides twice, with 4 latent channels and random weights."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    with hidden("torchvision"):
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

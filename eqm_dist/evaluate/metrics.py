@@ -10,10 +10,13 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from eqm_dist import rng
 from eqm_dist.errors import DataError
+from eqm_dist.hidden import hidden
+
+with hidden("torchvision", "torch_fidelity"):
+    from torchmetrics.image.fid import FrechetInceptionDistance
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from eqm_dist.errors import ConfigError, DataError
+from eqm_dist.hidden import hidden
 
 ENCODE_PIXELS = 32 * 256 * 256
 """Pixels encoded or decoded at once: the widest activations of Stable Diffusion's VAE take 0.5 KiB for each in bf16."""
@@ -166,7 +167,8 @@ def _read_vae(folder: Path) -> Any:
                 "missing; correct --autoencoder."
             )
     try:
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+        with hidden("torchvision"):
+            from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     except ImportError as error:
         raise ConfigError(
             f"A VAE needs the package diffusers ({error}); install it with: pip install 'eqm-dist[vae]'."
