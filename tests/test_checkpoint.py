@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from eqm_dist.build import build_model, build_run
+from eqm_dist.build import OpenRun, build_model, build_run
 from eqm_dist.config import Config
 from eqm_dist.errors import CheckpointError
 from eqm_dist.open_run import open_run
@@ -28,6 +28,7 @@ from eqm_dist.track.jsonl import read_metrics
 from eqm_dist.train.checkpoint import EMA_FILE, MARKER, read_marker
 from eqm_dist.train.loop import Run, train
 from tests import tiny
+from tests.distributed import run_ranks
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -244,6 +245,22 @@ def test_a_damaged_file_is_named(
     assert str(raised.value).endswith(f"delete {checkpoint(root, 6)} to resume from the one before.")
     shutil.rmtree(checkpoint(root, 6))
     assert start(config).state.step == 4
+
+
+@pytest.mark.multiprocess
+def test_damage_that_one_rank_finds_is_raised_by_all(root: Path, shards: Path) -> None:
+    """Of three files each of three ranks checks one; the others must not wait for the one that fails."""
+    flip_a_bit(checkpoint(root, 6) / STATE_FILE)
+    opened = open_run(tiny.config(root, shards))
+    (sentence, *others) = run_ranks(3, message_of_the_start, opened)
+    assert others == [sentence, sentence]
+    assert sentence.startswith(f"{checkpoint(root, 6) / STATE_FILE} is damaged")
+
+
+def message_of_the_start(rank: int, opened: OpenRun) -> str:
+    with pytest.raises(CheckpointError) as raised:
+        build_run(opened, CPU)
+    return str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -128,9 +128,9 @@ class Checkpoints:
         return target
 
     def load(self, path: Path, engine: Engine, shapes: Mapping[str, torch.Size]) -> int:
-        """Overwrite the engine's state with a checkpoint's; returns its step.
+        """Overwrite the engine's state with a checkpoint's; returns its step. A collective.
 
-        Each rank reads only the ranges that it holds.
+        Each rank reads only the ranges that it holds. What one of them finds damaged, all of them raise.
 
         Args:
             path: the checkpoint.
@@ -140,31 +140,16 @@ class Checkpoints:
         Raises:
             CheckpointError: a file is missing, damaged, of another model, or lacks a state that the engine needs.
         """
-        marker = read_marker(path)
-        _verify(path, marker, part=rank(), parts=world_size())
-        pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
         try:
-            for file in marker["files"]:
-                if file.startswith("state-"):
-                    reader = safe_open(path / file, framework="pt")
-                    for key in reader.keys():  # noqa: SIM118 (a safetensors reader is not a mapping)
-                        state, parameter, start = key.split("/")
-                        pieces[state, parameter].append(_Piece(int(start), reader.get_slice(key)))
-            _check_model(pieces, shapes, path)
-            for fragment in engine.fragments():
-                filled = _fill(fragment, pieces[fragment.state, fragment.name])
-                if filled != fragment.values.numel():
-                    raise CheckpointError(
-                        f"A checkpoint must hold every state that the run needs, but {path} has {filled:,} of"
-                        f" {fragment.values.numel():,} elements of {fragment.state} of {fragment.name}; keep the model"
-                        " and optimizer settings of the run's start."
-                    )
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(
-                f"The checkpoint {path} cannot be read ({error}); delete that directory to resume from the one before."
-            ) from error
-        engine.restored(marker["step"])
-        return marker["step"]
+            outcome = _restore(path, engine, shapes)
+        except CheckpointError as error:
+            outcome = error
+        failure = next((other for other in gather_objects(outcome) if isinstance(other, CheckpointError)), None)
+        if failure is not None:
+            raise failure
+        assert isinstance(outcome, int)
+        engine.restored(outcome)
+        return outcome
 
     def _all_or_none(self, step: int, outcome: dict[str, Any] | EqmDistError) -> dict[str, Any]:
         """Every rank's outcome merged, or the first failure raised on every rank: nobody waits for a failed one."""
@@ -229,6 +214,34 @@ def _verify(path: Path, marker: Mapping[str, Any], part: int, parts: int) -> Non
                 f"{path / name} is damaged: its sha256 is {found[:12]}..., its marker says {record['sha256'][:12]}...;"
                 f" delete {path} to resume from the one before."
             )
+
+
+def _restore(path: Path, engine: Engine, shapes: Mapping[str, torch.Size]) -> int:
+    """Fill this rank's fragments; returns the step."""
+    marker = read_marker(path)
+    _verify(path, marker, part=rank(), parts=world_size())
+    pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
+    try:
+        for file in marker["files"]:
+            if file.startswith("state-"):
+                reader = safe_open(path / file, framework="pt")
+                for key in reader.keys():  # noqa: SIM118 (a safetensors reader is not a mapping)
+                    state, parameter, start = key.split("/")
+                    pieces[state, parameter].append(_Piece(int(start), reader.get_slice(key)))
+        _check_model(pieces, shapes, path)
+        for fragment in engine.fragments():
+            filled = _fill(fragment, pieces[fragment.state, fragment.name])
+            if filled != fragment.values.numel():
+                raise CheckpointError(
+                    f"A checkpoint must hold every state that the run needs, but {path} has {filled:,} of"
+                    f" {fragment.values.numel():,} elements of {fragment.state} of {fragment.name}; keep the model"
+                    " and optimizer settings of the run's start."
+                )
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"The checkpoint {path} cannot be read ({error}); delete that directory to resume from the one before."
+        ) from error
+    return marker["step"]
 
 
 class _Piece(NamedTuple):
