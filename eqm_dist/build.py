@@ -20,11 +20,15 @@ from eqm_dist.config import (
     SamplerConfig,
     to_yaml,
 )
+from eqm_dist.core.corruption import Path as GammaPath
+from eqm_dist.core.corruption import SelfStoppingPath, constant_pace
 from eqm_dist.core.decay import ConstantDecay, Decay, LinearDecay, PiecewiseDecay, TruncatedDecay, divergence_bound
-from eqm_dist.core.energy import ExplicitEnergy
+from eqm_dist.core.dispersive import Dispersed
+from eqm_dist.core.energy import ExplicitEnergy, of_energy
 from eqm_dist.core.guidance import guided
 from eqm_dist.core.objective import ConditionalField, eqm_loss, flow_matching_loss
 from eqm_dist.core.samplers import GradientDescent, NesterovGradientDescent, Sampler
+from eqm_dist.core.weighting import MinSnrWeighting, RelativeWeighting, Weighting, weighted
 from eqm_dist.data.cache import FileCache
 from eqm_dist.data.loader import JoinedReader, Loader, ShardReader
 from eqm_dist.data.manifest import Manifest
@@ -53,6 +57,7 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 
 CHECKPOINTS = "checkpoints"
+DISPERSIVE_GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -233,7 +238,7 @@ def plan_batch(config: Config, world: int) -> tuple[int, int]:
     """Micro-batches per update, the same on every rank, and the most samples of one of them.
 
     Raises:
-        ConfigError: a rank or a micro-batch would be empty.
+        ConfigError: a rank or a micro-batch would be empty, or would cut a group of the dispersive loss.
     """
     global_batch, largest = config.train.global_batch, math.ceil(config.train.global_batch / world)
     if global_batch < world:
@@ -246,6 +251,14 @@ def plan_batch(config: Config, world: int) -> tuple[int, int]:
         raise ConfigError(
             f"train.micro_batch={config.train.micro_batch} leaves a worker's micro-batch empty with"
             f" train.global_batch={global_batch} on {world} workers; raise train.micro_batch."
+        )
+    dispersive = config.objective.dispersive
+    parts = world * grad_accum * (dispersive.group or DISPERSIVE_GROUP)
+    if dispersive.weight and global_batch % parts:
+        raise ConfigError(
+            f"objective.dispersive compares groups of samples that no worker or micro-batch may cut, so"
+            f" train.global_batch={global_batch} must be a multiple of {parts}: {world} workers x {grad_accum}"
+            f" micro-batches x objective.dispersive.group={dispersive.group or DISPERSIVE_GROUP}; change one of them."
         )
     return grad_accum, math.ceil(largest / grad_accum)
 
@@ -268,22 +281,30 @@ def derived_numbers(config: Config) -> dict[str, str]:
         "training cost": f"{training_flops_per_image(macs) / 1e9:.3f} GFLOP per image ({macs / 1e9:.3f} GMAC forward)",
         "run directory": str(runs_root(config) / config.run.name),
     }
-    bound = divergence_bound(build_decay(config.objective.decay)) if config.objective.kind == "eqm" else None
+    bound, _ = _step_size_bound(config)
     if bound is not None:
         numbers["largest stable step"] = f"{bound:.4g} (plain descent near data; evaluation.sampler.step_size)"
     return numbers
 
 
 def step_size_warning(config: Config) -> str | None:
-    """A sentence if the configured descent diverges near data, else None (docs/decisions/0001)."""
-    bound = divergence_bound(build_decay(config.objective.decay)) if config.objective.kind == "eqm" else None
+    """A sentence if the configured descent cannot come to rest near data, else None (docs/decisions/0001)."""
+    bound, what_happens = _step_size_bound(config)
     step_size = config.evaluation.sampler.step_size
     if not config.evaluation.every or bound is None or step_size <= bound:
         return None
     return (
-        f"evaluation.sampler.step_size={step_size:g} is above {bound:.4g}, where descent near data diverges for this"
-        " c(gamma); expect broken samples, or lower it."
+        f"evaluation.sampler.step_size={step_size:g} is above {bound:.4g}, where descent {what_happens};"
+        " expect broken samples, or lower it."
     )
+
+
+def _step_size_bound(config: Config) -> tuple[float | None, str]:
+    """The largest step size with which descent comes to rest near data, if any does, and what it does above."""
+    if config.objective.kind == "self_stopping":
+        return _self_stopping_path(config).step_size_bound, "jumps over the part of the path on which it slows down"
+    decay, _ = _decay_and_path(config)
+    return divergence_bound(decay), "near data diverges for this c(gamma)"
 
 
 def runs_root(config: Config) -> Path:
@@ -320,14 +341,44 @@ def _shape_arguments(config: Config) -> dict[str, Any]:
 
 
 def _build_loss(config: Config) -> Callable[..., torch.Tensor]:
+    """(model, latents, labels, gamma=, noise=) -> loss [B]: the error of the field, weighted, then dispersed."""
     objective = config.objective
-    if objective.kind == "flow_matching":
-        return flow_matching_loss
-    decay = build_decay(objective.decay) if objective.kind == "eqm" else ConstantDecay(1.0)
-    if objective.energy == "none":
-        return partial(eqm_loss, decay=decay)
-    kind = objective.energy
-    return lambda model, *inputs, **draws: eqm_loss(ExplicitEnergy(model, kind), *inputs, **draws, decay=decay)
+    decay, path = _decay_and_path(config)
+    flow = objective.kind == "flow_matching"
+    loss: Callable[..., torch.Tensor] = flow_matching_loss if flow else partial(eqm_loss, decay=decay, path=path)
+    if objective.energy != "none":
+        loss = of_energy(loss, objective.energy)
+    if (weighting := _build_weighting(config, decay, path)) is not None:
+        loss = weighted(loss, weighting)
+    dispersive = objective.dispersive
+    if dispersive.weight:
+        loss = Dispersed(loss, dispersive.weight, dispersive.temperature or 1.0, dispersive.group or DISPERSIVE_GROUP)
+    return loss
+
+
+def _decay_and_path(config: Config) -> tuple[Decay, GammaPath]:
+    """c(gamma) of the target, and how gamma moves from noise to data."""
+    objective = config.objective
+    if objective.kind == "eqm":
+        return build_decay(objective.decay), constant_pace
+    if objective.kind == "self_stopping":
+        path = _self_stopping_path(config)
+        return path.pace, path
+    return ConstantDecay(1.0), constant_pace
+
+
+def _self_stopping_path(config: Config) -> SelfStoppingPath:
+    start = config.objective.braking_start
+    return SelfStoppingPath() if start is None else SelfStoppingPath(start)
+
+
+def _build_weighting(config: Config, decay: Decay, path: GammaPath) -> Weighting | None:
+    weighting = config.objective.weighting
+    if weighting.kind == "relative":
+        return RelativeWeighting(decay, weighting.floor or 0.1 * decay.gradient_scale)
+    if weighting.kind == "min_snr":
+        return MinSnrWeighting(decay, weighting.snr_limit or 5.0, path)
+    return None
 
 
 def _build_engine(

@@ -157,24 +157,76 @@ class DecayConfig(Section):
         return self
 
 
+class WeightingConfig(Section):
+    """Weights of the loss by gamma; the logged loss is the weighted one."""
+
+    kind: Literal["none", "relative", "min_snr"] = "none"
+    """relative: 1 / max(c, floor)^2, the error in proportion to its target; min_snr: by signal to noise, capped."""
+    floor: Positive | None = None
+    """Smallest c(gamma) that is divided by; default a tenth of its scale; relative only."""
+    snr_limit: Positive | None = None
+    """Largest signal-to-noise ratio that counts; default 5; min_snr only."""
+
+    @model_validator(mode="after")
+    def _only_what_the_kind_has(self) -> Self:
+        for name, kind in (("floor", "relative"), ("snr_limit", "min_snr")):
+            if getattr(self, name) is not None and self.kind != kind:
+                raise ValueError(f"{name} has no effect with kind={self.kind}; leave it out or use kind={kind}")
+        return self
+
+
+class DispersiveConfig(Section):
+    """The dispersive loss on the last block's tokens (Wang & He, arXiv 2506.09027)."""
+
+    weight: Annotated[float, Field(ge=0)] = 0.0
+    """Its factor; 0 for none, 0.5 in the official code."""
+    temperature: Positive | None = None
+    """Squared distances are divided by it; default 1, as in the official code."""
+    group: Annotated[int, Field(ge=2)] | None = None
+    """Samples that are compared with each other, which one worker's micro-batch holds whole; default 32."""
+
+    @model_validator(mode="after")
+    def _needs_a_weight(self) -> Self:
+        for name in ("temperature", "group"):
+            if self.weight == 0 and getattr(self, name) is not None:
+                raise ValueError(f"{name} has no effect with weight=0; leave it out or give a weight")
+        return self
+
+
 class ObjectiveConfig(Section):
     """What the network learns."""
 
-    kind: Literal["eqm", "flow_matching", "time_free_flow_matching"] = "eqm"
-    """Equilibrium Matching, or one of its two baselines."""
+    kind: Literal["eqm", "self_stopping", "flow_matching", "time_free_flow_matching"] = "eqm"
+    """Equilibrium Matching, its form on a path that stops at the data, or one of its two baselines."""
     decay: DecayConfig = DecayConfig()
     """c(gamma) of Equilibrium Matching."""
+    braking_start: Fraction | None = None
+    """t_c, where the path of kind=self_stopping begins to slow down; default 0.8 (not published)."""
     energy: Literal["none", "dot", "l2"] = "none"
     """Explicit energy whose gradient is the field (EqM-E)."""
+    weighting: WeightingConfig = WeightingConfig()
+    """Weights of the loss by gamma."""
+    dispersive: DispersiveConfig = DispersiveConfig()
+    """A loss that pushes representations apart."""
     label_dropout: Fraction = 0.1
     """Probability of replacing a label by the null label, for classifier-free guidance."""
 
     @model_validator(mode="after")
-    def _decay_is_for_eqm(self) -> Self:
+    def _only_what_takes_effect(self) -> Self:
         if self.kind != "eqm" and self.decay != DecayConfig():
             raise ValueError(f"decay has no effect with kind={self.kind}; leave it out or use kind=eqm")
-        if self.kind != "eqm" and self.energy != "none":
-            raise ValueError(f"energy={self.energy} needs kind=eqm, not {self.kind}; use energy=none")
+        if self.kind != "self_stopping" and self.braking_start is not None:
+            raise ValueError(f"braking_start has no effect with kind={self.kind}; leave it out or use self_stopping")
+        if self.kind not in ("eqm", "self_stopping") and self.energy != "none":
+            raise ValueError(f"energy={self.energy} needs kind=eqm or self_stopping, not {self.kind}; use energy=none")
+        constant = self.kind not in ("eqm", "self_stopping") or self.decay.family == "constant"
+        if self.weighting.kind == "relative" and constant:
+            raise ValueError("weighting.kind=relative has no effect on a target of constant length; use kind=none")
+        if self.dispersive.weight and self.energy != "none":
+            raise ValueError(
+                f"dispersive.weight needs a model that is called once and plainly, which energy={self.energy} does not"
+                " do; use weight=0 or energy=none"
+            )
         return self
 
 

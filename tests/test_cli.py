@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from eqm_dist import cli
+from eqm_dist.build import step_size_warning
 from eqm_dist.config import Config, annotation_name, options, parse, to_yaml, with_overrides
 from eqm_dist.errors import ConfigError, EqmDistError, LaunchError, UserError
 from eqm_dist.presets import PRESETS, digits, eqm_b2, eqm_xl2
@@ -188,6 +189,16 @@ def test_dry_run_of_the_largest_preset_prints_its_numbers(tmp_path: Path) -> Non
 def test_dry_run_without_a_stability_bound_names_none(tmp_path: Path) -> None:
     _, numbers = dry_run("--objective.decay.family", "constant", "--run.root", str(tmp_path))
     assert "largest stable step" not in numbers
+
+
+def test_a_self_stopping_path_has_a_bound_of_its_own_and_warns_above_it(tmp_path: Path) -> None:
+    objective = ["--objective.kind", "self_stopping", "--objective.braking_start", "0.75", "--run.root", str(tmp_path)]
+    config, numbers = dry_run(*objective)
+    assert numbers["largest stable step"] == "0.25 (plain descent near data; evaluation.sampler.step_size)"
+    assert step_size_warning(with_overrides(config, {"evaluation.sampler.step_size": 0.25})) is None
+    warning = step_size_warning(with_overrides(config, {"evaluation.sampler.step_size": 0.251}))
+    assert warning is not None
+    assert warning.startswith("evaluation.sampler.step_size=0.251 is above 0.25, where descent jumps over the part of")
 
 
 @pytest.mark.parametrize("ema_decays", ["[0.9]", "[0.9, 0.99, 0.999]"])

@@ -185,7 +185,30 @@ def test_one_sentence_for_several_wrong_values() -> None:
         ),
         (
             {"objective.kind": "flow_matching", "objective.energy": "dot", "evaluation.every": 0},
-            "energy=dot needs kind=eqm, not flow_matching",
+            "energy=dot needs kind=eqm or self_stopping, not flow_matching",
+        ),
+        (
+            {"objective.kind": "self_stopping", "objective.decay.gradient_scale": 1.0},
+            "decay has no effect with kind=self_stopping",
+        ),
+        ({"objective.braking_start": 0.5}, "braking_start has no effect with kind=eqm; leave it out or use self_stop"),
+        ({"objective.weighting.floor": 0.5}, "floor has no effect with kind=none; leave it out or use kind=relative"),
+        (
+            {"objective.weighting.kind": "relative", "objective.weighting.snr_limit": 5},
+            "snr_limit has no effect with kind=relative; leave it out or use kind=min_snr",
+        ),
+        (
+            {"objective.weighting.kind": "relative", "objective.decay.family": "constant"},
+            "weighting.kind=relative has no effect on a target of constant length",
+        ),
+        (
+            {"objective.weighting.kind": "relative", "objective.kind": "time_free_flow_matching"},
+            "weighting.kind=relative has no effect on a target of constant length",
+        ),
+        ({"objective.dispersive.group": 16}, "group has no effect with weight=0; leave it out or give a weight"),
+        (
+            {"objective.dispersive.weight": 0.5, "objective.energy": "dot"},
+            "dispersive.weight needs a model that is called once and plainly, which energy=dot does not do",
         ),
         ({"optimizer.ema_decays": [0.9, 0.99, 0.9]}, "ema_decays must differ from each other, got [0.9, 0.99, 0.9]"),
         ({"train.micro_batch": 129}, "micro_batch=129 must be at most global_batch=128"),

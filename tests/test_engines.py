@@ -150,6 +150,29 @@ def test_an_explicit_energy_trains_alike_under_every_engine_that_takes_it(energy
         assert_same(curve, plain, f"{energy} under {name}")
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"objective.kind": "self_stopping", "objective.weighting.kind": "min_snr"},
+        {"objective.weighting.kind": "relative", "objective.dispersive.weight": 0.5, "objective.dispersive.group": 2},
+    ],
+    ids=["self_stopping", "dispersive"],
+)
+def test_other_objectives_train_alike_on_one_worker_and_under_every_engine_on_two(
+    objective: dict[str, object], tmp_path: Path
+) -> None:
+    # 12 samples are 3 groups of 2 for each of 2 workers, in one micro-batch or in three.
+    batch = {"train.global_batch": 12, **objective}
+    alone = open_run(config(tmp_path, "alone", **{**batch, "train.micro_batch": 12, "engine.kind": "torch"}))
+    plain = run_ranks(1, run_engines, [alone], None)[0][0]
+    runs = [
+        open_run(config(tmp_path, name, **ENGINES[name], **{**batch, "train.micro_batch": 2}))
+        for name in ("torch", "zero2", "zero3")
+    ]
+    for name, curve in zip(("torch", "zero2", "zero3"), run_ranks(2, run_engines, runs, None)[0], strict=True):
+        assert_same(curve, plain, f"{name} on 2 workers")
+
+
 def test_bf16_is_the_same_under_both_engines(tmp_path: Path) -> None:
     runs = [
         open_run(config(tmp_path, name, **ENGINES[name], **{"train.precision": "bf16"})) for name in ("torch", "zero2")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from eqm_dist.core.decay import PiecewiseDecay, TruncatedDecay
+from eqm_dist.core.dispersive import dispersive_loss
 from eqm_dist.core.energy import EnergyKind, ExplicitEnergy
 from eqm_dist.core.guidance import guided
 from eqm_dist.core.objective import eqm_loss
@@ -53,6 +54,11 @@ def test_the_position_table_is_the_official_one() -> None:
 
 def test_forward(model: SiT) -> None:
     assert_golden(model(X, LABELS), "forward")
+
+
+def test_dispersive_loss_of_the_last_blocks_tokens(model: SiT) -> None:
+    _, tokens = model(X, LABELS, return_tokens=True)
+    assert_golden(dispersive_loss(tokens), "dispersive")
 
 
 def test_decay() -> None:

@@ -281,6 +281,26 @@ def test_every_rank_has_the_same_number_of_micro_batches_and_every_sample_counts
     assert positions == list(range(global_batch))
 
 
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(2, 8), st.booleans())
+def test_no_worker_and_no_micro_batch_cuts_a_group_of_the_dispersive_loss(
+    world: int, grad_accum: int, groups: int, group: int, cut: bool
+) -> None:
+    micro_batch = groups * group
+    config = with_overrides(
+        batch_config(world * grad_accum * micro_batch + cut, micro_batch),
+        {"objective.dispersive.weight": 0.5, "objective.dispersive.group": group},
+    )
+    if cut:  # one sample more than whole groups
+        with pytest.raises(ConfigError, match=r"objective\.dispersive compares groups of samples that no worker or"):
+            plan_batch(config, world)
+        return
+    assert plan_batch(config, world) == (grad_accum, micro_batch)
+    for rank in range(world):
+        part = torch.arange(*rank_range(0, config.train.global_batch, rank, world))
+        for piece in Batch(part, torch.zeros(len(part), 1), part).split(grad_accum):
+            assert piece.positions[0] % group == len(piece.positions) % group == 0
+
+
 # --- the random part ---
 
 DRAWS = 20_000

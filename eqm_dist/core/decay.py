@@ -18,6 +18,11 @@ class Decay(Protocol):
     """A family member c(gamma)."""
 
     @property
+    def gradient_scale(self) -> float:
+        """lambda, the factor in front."""
+        ...
+
+    @property
     def data_slope(self) -> float | None:
         """The s of c(gamma) = s * (1 - gamma) near data; None where c does not vanish there."""
         ...

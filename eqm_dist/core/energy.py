@@ -1,5 +1,6 @@
 """EqM-E: a scalar energy made from a field model, and the field that is exactly its negative gradient."""
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -61,3 +62,12 @@ class ExplicitEnergy:
             x = x if training and x.requires_grad else x.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(self.energy(x, labels).sum(), x, create_graph=training)
         return -gradient
+
+
+def of_energy(loss: Callable[..., Tensor], kind: EnergyKind) -> Callable[..., Tensor]:
+    """A loss ``(model, *inputs, **draws) -> [B]`` of the field that the model's energy has."""
+
+    def energy_loss(model: ConditionalField, *inputs: Tensor, **draws: Tensor) -> Tensor:
+        return loss(ExplicitEnergy(model, kind), *inputs, **draws)
+
+    return energy_loss

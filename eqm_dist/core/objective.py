@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from eqm_dist.core.corruption import corrupt, per_sample
+from eqm_dist.core.corruption import Path, constant_pace, corrupt, per_sample
 from eqm_dist.core.decay import ConstantDecay, Decay
 
 ConditionalField = Callable[[Tensor, Tensor], Tensor]
@@ -29,23 +29,33 @@ def target_field(latents: Tensor, noise: Tensor, gamma: Tensor, decay: Decay) ->
 
 
 def eqm_loss(
-    model: ConditionalField, latents: Tensor, labels: Tensor, *, gamma: Tensor, noise: Tensor, decay: Decay
+    model: ConditionalField,
+    latents: Tensor,
+    labels: Tensor,
+    *,
+    gamma: Tensor,
+    noise: Tensor,
+    decay: Decay,
+    path: Path = constant_pace,
 ) -> Tensor:
     """Equilibrium Matching, || f(x_gamma) - (latents - noise) * c(gamma) ||^2 (paper, Equation 3).
 
     The network never sees gamma. ``ConstantDecay(1.0)`` gives time-free flow matching (Equation 2). An
-    ``ExplicitEnergy`` as the model gives EqM-E.
+    ``ExplicitEnergy`` as the model gives EqM-E. A ``SelfStoppingPath`` as the path and its pace as the decay give the
+    objective of Beckmann Transport Models: the path's true velocity.
 
     Args:
         model: (x_gamma, labels) -> field.
         latents, noise: [B, ...].
         labels: [B] int64.
         gamma: [B] in [0, 1].
+        decay: c(gamma).
+        path: how gamma moves x_gamma from noise to data.
 
     Returns:
         [B]: the squared error of each sample, as a mean over its dimensions.
     """
-    predicted_field = model(corrupt(latents, noise, gamma), labels)
+    predicted_field = model(corrupt(latents, noise, gamma, path), labels)
     return _mean_squared_error(predicted_field, target_field(latents, noise, gamma, decay))
 
 

@@ -83,16 +83,19 @@ class SiT(nn.Module):
         self.final_layer = _FinalLayer(hidden_size, patch_size**2 * out_channels)
         self.initialize(seed)
 
-    def forward(self, x: Tensor, labels: Tensor, gamma: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, labels: Tensor, gamma: Tensor | None = None, *, return_tokens: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The field at x.
 
         Args:
             x: [B, C, H, W]; cast to the type of the parameters.
             labels: [B] int64 in [0, num_classes], not range-checked (that would stall a GPU).
             gamma: [B], for a time-conditioned model only.
+            return_tokens: also return the tokens behind the last block, [B, tokens, hidden_size].
 
         Returns:
-            [B, C, H, W], pointing downhill.
+            [B, C, H, W], pointing downhill; with ``return_tokens`` a pair.
 
         Raises:
             DataError: latents or labels of another shape.
@@ -122,7 +125,8 @@ class SiT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, condition)
         field = _from_patches(self.final_layer(tokens, condition), self.patch_size)
-        return field.chunk(2, dim=1)[0] if self.learn_sigma else field
+        field = field.chunk(2, dim=1)[0] if self.learn_sigma else field
+        return (field, tokens) if return_tokens else field
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
