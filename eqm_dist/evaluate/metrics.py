@@ -1,13 +1,19 @@
-"""The Frechet distance between two sets of images (FID; Heusel et al., arXiv 1706.08500), computed by torchmetrics.
+"""Distances between two sets of images, as features: FID, KID, inception score, precision and recall.
 
-A set of images enters only through the moments of its features. Moments are sums, so those of parts of a set are
-added to give those of the whole: over batches, over workers, over several generations.
+Every figure is what torch-fidelity computes from the same features with the same settings, its seed of the random
+subsets included; FID and KID are torchmetrics' code. Nothing here knows images or extractors.
+
+To the Frechet distance (FID; Heusel et al., arXiv 1706.08500) a set of images enters only through the moments of its
+features. Moments are sums, so those of parts of a set are added to give those of the whole: over batches, over
+workers, over several generations.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +23,12 @@ from eqm_dist.hidden import hidden
 
 with hidden("torchvision", "torch_fidelity"):
     from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import poly_mmd
+
+SEED = 2020
+"""torch-fidelity's seed of subsets and splits."""
+POINTS_AT_ONCE, OTHERS_AT_ONCE = 2_500, 10_000
+"""Points whose distances to all others are held at once, 0.5 GB for 50,000 others, and those of one multiplication."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,23 @@ class FeatureMoments:
     count: Tensor
     total: Tensor
     outer: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> Self:
+        """The moments of features [n, F]."""
+        features = features.double()
+        return cls(torch.tensor(float(len(features))).to(features), features.sum(0), features.T @ features)
+
+    @classmethod
+    def of_gaussian(cls, mean: Tensor, covariance: Tensor, count: int = 2) -> Self:
+        """The moments of ``count`` features whose sample mean [F] and covariance [F, F] (over n - 1) are these."""
+        mean, covariance = mean.double(), covariance.double()
+        outer = (count - 1) * covariance + count * mean.outer(mean)
+        return cls(torch.tensor(float(count)).to(mean), count * mean, outer)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device."""
+        return type(self)(self.count.to(device), self.total.to(device), self.outer.to(device))
 
     def __add__(self, other: Self) -> Self:
         return type(self)(self.count + other.count, self.total + other.total, self.outer + other.outer)
@@ -78,6 +107,100 @@ def frechet_distance(reference: FeatureMoments, generated: FeatureMoments) -> fl
         }
     )
     return metric.compute().item()
+
+
+def kernel_distance(
+    generated: Tensor, reference: Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = SEED
+) -> tuple[float, float]:
+    """KID: the unbiased squared MMD of the kernel (x.y / F + 1)^3, over random subsets (arXiv 1801.01401).
+
+    Args:
+        generated: features [N, F].
+        reference: features [M, F].
+        subsets: number of subsets, each drawn without replacement from either side.
+        subset_size: features of a subset.
+        seed: of numpy's RandomState, which draws the subsets as torch-fidelity does.
+
+    Returns:
+        Mean and standard deviation over the subsets. Computed in float64.
+
+    Raises:
+        DataError: a side is smaller than a subset.
+    """
+    fewest = min(len(generated), len(reference))
+    if fewest < subset_size:
+        raise DataError(
+            f"The KID draws subsets of {subset_size} images, and a side has {fewest}; bring more images, or lower"
+            " --kid-subset-size."
+        )
+    generated, reference = generated.double(), reference.double()
+    draw = np.random.RandomState(seed)
+    distances = []
+    for _ in range(subsets):
+        chosen, others = (draw.choice(len(side), subset_size, replace=False) for side in (generated, reference))
+        distances.append(poly_mmd(reference[others], generated[chosen]).item())
+    return float(np.mean(distances)), float(np.std(distances))
+
+
+def inception_score(logits: Tensor, *, splits: int = 10, seed: int = SEED) -> tuple[float, float]:
+    """IS: exp E[KL(p(y|x) | p(y))], over parts of the shuffled images (arXiv 1606.03498).
+
+    Args:
+        logits: class scores [N, K].
+        splits: number of parts.
+        seed: of numpy's RandomState, which shuffles as torch-fidelity does.
+
+    Returns:
+        Mean and standard deviation over the parts. Computed in float64.
+
+    Raises:
+        DataError: fewer images than parts.
+    """
+    if len(logits) < splits:
+        raise DataError(f"The inception score needs at least {splits} images, got {len(logits)}; bring more.")
+    order = torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))
+    shuffled = logits[order].double()
+    bounds = [split * len(logits) // splits for split in range(splits + 1)]
+    scores = []
+    for start, stop in pairwise(bounds):
+        log_p = shuffled[start:stop].log_softmax(1)
+        p = log_p.exp()
+        scores.append((p * (log_p - p.mean(0).log())).sum(1).mean().exp().item())
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def precision_recall(generated: Tensor, reference: Tensor, *, neighbours: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991).
+
+    Precision is the fraction of generated features in the manifold of the reference: no farther from one of its
+    features than that one's k-th nearest neighbour. Recall is the same with the sides exchanged.
+
+    Args:
+        generated: [N, F].
+        reference: [M, F]; the distances are computed in the features' own precision, as torch-fidelity does.
+        neighbours: k.
+
+    Raises:
+        DataError: a side has no k-th neighbour.
+    """
+    fewest = min(len(generated), len(reference))
+    if fewest <= neighbours:
+        raise DataError(f"Precision and recall need at least {neighbours + 1} images on either side, got {fewest}.")
+    return _within(generated, reference, neighbours), _within(reference, generated, neighbours)
+
+
+def _within(points: Tensor, manifold: Tensor, neighbours: int) -> float:
+    """Fraction of the points [N, F] in the manifold around features [M, F]."""
+    nearest = [block.kthvalue(neighbours + 1).values for block in _distances(manifold, manifold)]  # itself is one
+    radii = torch.cat(nearest)
+    inside = [(block <= radii).any(1) for block in _distances(points, manifold)]
+    return torch.cat(inside).double().mean().item()
+
+
+def _distances(points: Tensor, others: Tensor) -> Iterator[Tensor]:
+    """Distances [n, M] of the points [N, F] to all others [M, F], block by block."""
+    for block in points.split(POINTS_AT_ONCE):
+        yield torch.cat([torch.cdist(block, part) for part in others.split(OTHERS_AT_ONCE)], dim=1)
 
 
 def half_split_fid(images: Tensor, extractor: nn.Module, seed: int, splits: int = 16) -> float:

@@ -1,0 +1,252 @@
+"""What a set of images contributes to its figures: one object that workers fill, send and add.
+
+Nothing keeps an image. The Frechet distances need moments of features, in float64; KID, precision and recall need the
+features themselves, and the inception score the class scores: rows, one for each image, of which at most ``MOST_ROWS``
+are kept (for Inception 410 MB of features and 200 MB of scores, beside 34 MB of moments). Of a larger set a random
+choice is kept, a function of the images' indices alone, so that it does not matter how the set was divided.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from eqm_dist import rng
+from eqm_dist.errors import ConfigError, DataError
+from eqm_dist.evaluate.metrics import (
+    SEED,
+    FeatureMoments,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+
+MOST_ROWS = 50_000
+"""Images whose features are kept: the size at which the literature compares."""
+
+MOMENTS, SPATIAL_MOMENTS = "features.moments", "spatial.moments"
+FEATURES, LOGITS = "features.rows", "logits.rows"
+PARTS = (MOMENTS, SPATIAL_MOMENTS, FEATURES, LOGITS)
+"""What statistics may hold: an output of an extractor, and what is kept of it."""
+PARTS_OF = {
+    "fid": MOMENTS,
+    "sfid": SPATIAL_MOMENTS,
+    "kid": FEATURES,
+    "is": LOGITS,
+    "precision": FEATURES,
+    "recall": FEATURES,
+}
+"""The metrics, and the part that each is computed from."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One row for each of some images: their ``indices`` [n] int64, rising, and ``values`` [n, F]; on the CPU."""
+
+    indices: Tensor
+    values: Tensor
+
+    def __add__(self, other: Self) -> Self:
+        indices = torch.cat([self.indices, other.indices])
+        kept = indices.argsort(stable=True)
+        if len(indices) > MOST_ROWS:
+            # The images with the smallest keys, whoever saw them: any order of additions gives the same choice.
+            keys = rng.uniform(SEED, rng.Stream.SPLIT, indices, (), dtype=torch.float64)
+            chosen = torch.zeros(len(indices), dtype=torch.bool)
+            chosen[keys.argsort(stable=True)[:MOST_ROWS]] = True
+            kept = kept[chosen[kept]]
+        return type(self)(indices[kept], torch.cat([self.values, other.values])[kept])
+
+
+@dataclass(frozen=True)
+class ImageStatistics:
+    """Everything that is kept of a set of images. Pickles; ``+`` joins the statistics of two parts of a set.
+
+    Attributes:
+        extractor: id of what made the features; statistics of different extractors are not compared.
+        count: images; None where a file does not tell.
+        parts: by name, of ``PARTS``.
+    """
+
+    extractor: str
+    count: int | None
+    parts: Mapping[str, FeatureMoments | Rows]
+
+    def __add__(self, other: Self) -> Self:
+        assert self.extractor == other.extractor
+        assert self.parts.keys() == other.parts.keys()
+        assert self.count is not None
+        assert other.count is not None
+        others: Mapping[str, Any] = other.parts
+        parts = {name: part + others[name] for name, part in self.parts.items()}
+        return type(self)(self.extractor, self.count + other.count, parts)
+
+
+def parts_of(metrics: Iterable[str]) -> frozenset[str]:
+    """The parts that these metrics need.
+
+    Raises:
+        ConfigError: no such metric.
+    """
+    metrics = list(metrics)
+    for metric in metrics:
+        if metric not in PARTS_OF:
+            raise ConfigError(f"A metric must be one of {', '.join(PARTS_OF)}, received {metric!r}; correct it.")
+    return frozenset(PARTS_OF[metric] for metric in metrics)
+
+
+@torch.no_grad()
+def image_statistics(
+    extractor: nn.Module,
+    batches: Iterable[Tensor],
+    *,
+    parts: Collection[str],
+    first: int = 0,
+    device: torch.device | str = "cpu",
+) -> ImageStatistics:
+    """The statistics of the images [first, first + n) of a set.
+
+    Args:
+        extractor: see ``eqm_dist.evaluate.extractors``; on ``device``.
+        batches: images [B, H, W, C] uint8, in the order of their indices, at least one.
+        parts: of ``PARTS``.
+        first: index of the first image.
+        device: where to compute.
+
+    Raises:
+        ConfigError: the extractor does not offer an output that a part needs.
+        DataError: it gives something else than it promises.
+    """
+    outputs = {part.split(".")[0] for part in parts}
+    found: dict[str, list[Any]] = {part: [] for part in parts}
+    count = 0
+    for images in batches:
+        extracted = extract(extractor, images.to(device), outputs)
+        indices = torch.arange(first + count, first + count + len(images))
+        for part, pieces in found.items():
+            output, kept = part.split(".")
+            if kept == "rows":
+                pieces.append(Rows(indices, extracted[output].cpu()))
+            else:
+                moments = FeatureMoments.of(extracted[output])
+                pieces[:] = [pieces[0] + moments if pieces else moments]
+        count += len(images)
+    joined: dict[str, Any] = {}
+    for part, pieces in found.items():
+        joined[part] = pieces[0].to("cpu") if part.endswith("moments") else _joined(pieces)
+    return ImageStatistics(extractor_id(extractor) or type(extractor).__name__, count, joined)
+
+
+def _joined(pieces: list[Rows]) -> Rows:
+    whole = Rows(torch.cat([rows.indices for rows in pieces]), torch.cat([rows.values for rows in pieces]))
+    return Rows(whole.indices[:0], whole.values[:0]) + whole
+
+
+def extract(extractor: nn.Module, images: Tensor, outputs: Collection[str]) -> dict[str, Tensor]:
+    """Outputs [B, ...] of an extractor for images [B, H, W, C] uint8: ``features``, ``spatial``, ``logits``.
+
+    Raises:
+        ConfigError: the extractor does not offer one.
+        DataError: an output is not [B, F].
+    """
+    together: Callable[..., Mapping[str, Tensor]] | None = getattr(extractor, "outputs", None)
+    if together is not None:
+        extracted = dict(together(images, outputs))
+    else:
+        methods = {"features": extractor, **{name: getattr(extractor, name, None) for name in ("spatial", "logits")}}
+        extracted = {name: method(images) for name in outputs if (method := methods[name]) is not None}
+    for name in sorted(outputs):
+        if name not in extracted:
+            metrics = [metric for metric, part in PARTS_OF.items() if part.startswith(name)]
+            raise ConfigError(
+                f"The metrics {', '.join(metrics)} need {name} of the extractor, and"
+                f" {extractor_id(extractor) or type(extractor).__name__} has none; leave them out or use inception."
+            )
+        width = getattr(extractor, "num_features", None) if name == "features" else None
+        shape = list(extracted[name].shape)
+        if len(shape) != 2 or shape[0] != len(images) or (width is not None and shape[1] != width):
+            raise DataError(
+                f"An extractor must give {name} of shape [{len(images)}, {width or 'F'}] for {len(images)} images,"
+                f" and {extractor_id(extractor) or type(extractor).__name__} gave {shape}; correct it."
+            )
+    return extracted
+
+
+def extractor_id(extractor: nn.Module) -> str | None:
+    """The name that an extractor answers for, weights included; None if it gives itself none."""
+    found = getattr(extractor, "id", None)
+    return found if isinstance(found, str) else None
+
+
+def merged(statistics: Iterable[ImageStatistics]) -> ImageStatistics:
+    """The statistics of all parts of a set together; at least one."""
+    return reduce(add, statistics)
+
+
+@dataclass(frozen=True)
+class MetricSettings:
+    """What decides a figure besides the images; the defaults are torch-fidelity's.
+
+    Attributes:
+        kid_subsets, kid_subset_size: of the KID.
+        is_splits: parts of the inception score.
+        neighbours: k of precision and recall.
+        seed: of subsets and shuffles.
+    """
+
+    kid_subsets: int = 100
+    kid_subset_size: int = 1000
+    is_splits: int = 10
+    neighbours: int = 3
+    seed: int = SEED
+
+
+def compute(
+    metrics: Collection[str],
+    generated: ImageStatistics,
+    reference: ImageStatistics | None,
+    settings: MetricSettings = MetricSettings(),
+) -> dict[str, float]:
+    """The figures by name: those of ``metrics``; ``kid_std`` and ``is_std`` come with theirs, precision with recall.
+
+    Args:
+        metrics: of ``PARTS_OF``.
+        generated: what is judged.
+        reference: what it is compared with; the inception score needs none.
+        settings: see there.
+
+    Raises:
+        DataError: the sides were measured with different extractors, have too few images, or one lacks a part.
+    """
+    sides = [generated] if reference is None else [generated, reference]
+    names = {side.extractor for side in sides}
+    if len(names) > 1:
+        raise DataError(f"Statistics can be compared if one extractor made both, not {' and '.join(sorted(names))}.")
+
+    def part(side: ImageStatistics | None, metric: str) -> Any:
+        if side is None or PARTS_OF[metric] not in side.parts:
+            held = "there is none" if side is None else f"it holds {', '.join(sorted(side.parts))}"
+            raise DataError(f"The metric {metric} needs {PARTS_OF[metric]} of the reference, and {held}.")
+        return side.parts[PARTS_OF[metric]]
+
+    figures: dict[str, float] = {}
+    for metric in metrics:
+        if metric in ("fid", "sfid"):
+            figures[metric] = frechet_distance(part(reference, metric), part(generated, metric))
+        elif metric == "kid":
+            rows = part(generated, metric).values, part(reference, metric).values
+            figures["kid"], figures["kid_std"] = kernel_distance(
+                *rows, subsets=settings.kid_subsets, subset_size=settings.kid_subset_size, seed=settings.seed
+            )
+        elif metric == "is":
+            logits = part(generated, metric).values
+            figures["is"], figures["is_std"] = inception_score(logits, splits=settings.is_splits, seed=settings.seed)
+        elif metric not in figures:
+            rows = part(generated, metric).values, part(reference, metric).values
+            figures["precision"], figures["recall"] = precision_recall(*rows, neighbours=settings.neighbours)
+    return figures
