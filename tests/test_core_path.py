@@ -78,18 +78,21 @@ def test_the_target_is_the_velocity_of_what_the_model_sees(start: float, gamma: 
 
 @given(st.floats(0, 0.95), st.floats(0.05, 0.9))
 def test_descent_settles_at_the_distance_that_is_stated(start: float, share: float) -> None:
-    # The field of one datum at 0: at x = (1 - d) * noise it is -noise * pace, as a function of x for |noise| = 1.
+    # The field of one datum at 0 on the line to a noise of length 1, where x = r: the pace at the gamma of that r.
     path = SelfStoppingPath(start)
     step_size = share * path.step_size_bound
-    ways, paces = 1 - path(GAMMAS), path.pace(GAMMAS)
+    edge, full = (1 - start) / (1 + start), 2 / (1 + start)
 
     def field(x: torch.Tensor) -> torch.Tensor:
-        left = x.abs()
-        # On the parabola exactly, as a table of gammas is too coarse near 0.
-        braking = 2 * (left / (1 - start**2)).sqrt()
-        return -x.sign() * torch.where(left <= ways[paces < paces[0]].max(), braking, paces[0])
+        braking = 2 * (x.abs() / (1 - start**2)).sqrt()
+        return -x.sign() * torch.where(x.abs() <= edge, braking, full)
 
-    settled = sample(field, torch.ones(1, 1, dtype=torch.float64), GradientDescent(step_size), 2000).samples
+    between = torch.tensor([0.123, 0.456, 0.789]) * edge
+    gammas = 1 - (between.double() * (1 - start**2)).sqrt()
+    torch.testing.assert_close(1 - path(gammas), between.double())
+    torch.testing.assert_close(-field(between.double()), path.pace(gammas))
+    # From an odd place: a whole number of steps would end on the datum itself, where descent stays.
+    settled = sample(field, torch.full((1, 1), 0.9137).double(), GradientDescent(step_size), 2000).samples
     assert settled.abs().item() == pytest.approx(path.distance_at_rest(step_size), rel=1e-6)
 
 
