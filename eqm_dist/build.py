@@ -279,7 +279,7 @@ def derived_numbers(config: Config) -> dict[str, str]:
         "images": f"{config.train.steps * config.train.global_batch:,}",
         "checkpoint": f"{checkpoint:,} bytes ({checkpoint / 2**30:.2f} GiB), {config.checkpoint.keep} kept",
         "training cost": f"{training_flops_per_image(macs) / 1e9:.3f} GFLOP per image ({macs / 1e9:.3f} GMAC forward)",
-        "run directory": str(runs_root(config) / config.run.name),
+        "run directory": str(runs_root(config.run.root) / config.run.name),
     }
     bound, _ = _step_size_bound(config)
     if bound is not None:
@@ -307,10 +307,10 @@ def _step_size_bound(config: Config) -> tuple[float | None, str]:
     return divergence_bound(decay), "near data diverges for this c(gamma)"
 
 
-def runs_root(config: Config) -> Path:
-    """The directory that holds all runs."""
-    if config.run.root is not None:
-        return local_path(config.run.root)
+def runs_root(root: str | None = None) -> Path:
+    """The directory that holds all runs: ``run.root``, or the default where that is None."""
+    if root is not None:
+        return local_path(root)
     # Ray unpacks a submitted working directory into a copy that it throws away: runs there would be lost.
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     return Path.home() / "eqm-dist-runs" if in_job else Path.cwd() / "runs"

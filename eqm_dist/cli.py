@@ -58,15 +58,42 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     command.add_argument(
         "--launcher", metavar="{ray,local}", dest="launch.launcher", help="short for --launch.launcher"
     )
+    add_config_flags(command)
+    return command
+
+
+def add_config_flags(command: argparse.ArgumentParser, *prefixes: str) -> None:
+    """Make config keys flags of a command: those that start with one of the prefixes, by default all."""
     groups: dict[str, Any] = {}
     for key, field in options(Config):
+        if prefixes and not key.startswith(prefixes):
+            continue
         section = key.split(".")[0]
         if section not in groups:
             groups[section] = command.add_argument_group(section, Config.model_fields[section].annotation.__doc__)
         shown = not field.is_required() and field.default is not None
         text = f"{field.description}{f' (default: {field.default})' * shown}".replace("%", "%%")
         groups[section].add_argument(f"--{key}", metavar=annotation_name(field.annotation), help=text)
-    return command
+
+
+def add_model_flags(command: argparse.ArgumentParser) -> None:
+    """The flags of commands that take a trained model: which one, and what it may be told."""
+    command.add_argument(
+        "--model", metavar="PATH",
+        help="run, checkpoint, export, or official file of weights (default: the newest run in runs/)",
+    )  # fmt: skip
+    command.add_argument(
+        "--autoencoder", metavar="NAME",
+        help="what decodes latents, where the model does not say: identity, a folder that diffusers wrote, or a hub id",
+    )  # fmt: skip
+    add_config_flags(command, "evaluation.sampler.", "objective.kind", "objective.energy", "model.num_heads")
+
+
+def count(text: str) -> int:
+    """A flag's value that is a number of things."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
 
 
 def config_from(arguments: argparse.Namespace) -> Config:
@@ -78,9 +105,13 @@ def config_from(arguments: argparse.Namespace) -> Config:
     config = PRESETS[arguments.preset or "digits"]()
     if arguments.config:
         config = with_overrides(config, read_yaml(arguments.config), arguments.config)
+    return with_overrides(config, overrides_from(arguments), "command line")
+
+
+def overrides_from(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The config keys that flags set."""
     keys = [key for key, _ in options(Config)]
-    flags = {key: _value(key, text) for key in keys if (text := getattr(arguments, key, None)) is not None}
-    return with_overrides(config, flags, "command line")
+    return {key: _value(key, text) for key in keys if (text := getattr(arguments, key, None)) is not None}
 
 
 def run(main: Callable[[Sequence[str]], None]) -> NoReturn:

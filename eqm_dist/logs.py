@@ -5,8 +5,10 @@ driver of a cluster run shows rank 0's file as it grows.
 """
 
 import logging
+import math
 import sys
 import threading
+import time
 from pathlib import Path
 
 _FORMAT = logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -31,6 +33,36 @@ def setup_logging(file: Path | None = None, console: bool = True) -> None:
     for old in root.handlers:
         old.close()
     root.handlers = handlers
+
+
+def clock(seconds: float) -> str:
+    """``H:MM:SS``."""
+    minutes, seconds = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+class Progress:
+    """One aligned line at most every few seconds: how much is done, how fast, how long it will take."""
+
+    def __init__(self, verb: str, total: int, done: int = 0, every_s: float = 2.0) -> None:
+        self._verb, self._total, self._done, self._every_s = verb, total, done, every_s
+        self._new = 0
+        self._started = self._shown = time.monotonic()
+
+    def add(self, images: int) -> None:
+        """So many images more are done."""
+        self._new += images
+        done, now = self._done + self._new, time.monotonic()
+        if now - self._shown < self._every_s and done < self._total:
+            return
+        self._shown = now
+        speed = self._new / max(now - self._started, 1e-9)
+        logging.getLogger(__name__).info(
+            "%s %s of %s images | %8s images/s | %s left",
+            self._verb, f"{done:{len(f'{self._total:,}')},}", f"{self._total:,}", f"{speed:,.1f}",
+            clock((self._total - done) / speed),
+        )  # fmt: skip
 
 
 class FileFollower:

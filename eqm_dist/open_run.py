@@ -32,7 +32,7 @@ def open_run(config: Config) -> OpenRun:
         StorageError: the run directory cannot be written.
         TrackingError: the tracking server does not answer.
     """
-    root = runs_root(config)
+    root = runs_root(config.run.root)
     directory = root / config.run.name
     embedded = root / "data" / "digits"
     config = _with_absolute_locations(config, root, embedded)

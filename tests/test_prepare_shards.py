@@ -257,7 +257,7 @@ def test_ray_changes_no_byte_and_kills_lose_and_repeat_nothing(tmp_path: Path) -
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(lambda: written(out) >= 3, first)
     everything = psutil.Process(first.pid).children(recursive=True)
-    actors = [process for process in everything if "ray::_Encoder" in " ".join(process.cmdline())]
+    actors = [process for process in everything if "ray::_Actor" in " ".join(process.cmdline())]
     assert actors
     actors[0].send_signal(signal.SIGKILL)
     reached = written(out)

@@ -199,27 +199,32 @@ def read_marker(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _verify(path: Path, marker: Mapping[str, Any], part: int, parts: int) -> None:
-    """Check this rank's share of the files against the marker."""
-    for name, record in sorted(marker["files"].items())[part::parts]:
-        try:
-            with (path / name).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise CheckpointError(
-                f"{path / name} cannot be read ({error.strerror}); delete {path} to resume from the one before."
-            ) from error
-        if found != record["sha256"]:
-            raise CheckpointError(
-                f"{path / name} is damaged: its sha256 is {found[:12]}..., its marker says {record['sha256'][:12]}...;"
-                f" delete {path} to resume from the one before."
-            )
+def verify_file(path: Path, name: str, marker: Mapping[str, Any]) -> None:
+    """Compare one file of a checkpoint with its marker.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        with (path / name).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path / name} cannot be read ({error.strerror}); delete {path} to resume from the one before."
+        ) from error
+    expected = marker["files"][name]["sha256"]
+    if found != expected:
+        raise CheckpointError(
+            f"{path / name} is damaged: its sha256 is {found[:12]}..., its marker says {expected[:12]}...;"
+            f" delete {path} to resume from the one before."
+        )
 
 
 def _restore(path: Path, engine: Engine, shapes: Mapping[str, torch.Size]) -> int:
     """Fill this rank's fragments; returns the step."""
     marker = read_marker(path)
-    _verify(path, marker, part=rank(), parts=world_size())
+    for name in sorted(marker["files"])[rank() :: world_size()]:
+        verify_file(path, name, marker)
     pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
     try:
         for file in marker["files"]:

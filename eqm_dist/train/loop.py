@@ -1,7 +1,6 @@
 """The training loop: the page that says what a run does, in the order in which it happens."""
 
 import logging
-import math
 import resource
 import sys
 import time
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from eqm_dist.data.loader import Batch, Loader
 from eqm_dist.errors import NonFiniteLossError
+from eqm_dist.logs import clock
 from eqm_dist.train.checkpoint import Checkpoints, whole_state
 from eqm_dist.train.distributed import rank
 from eqm_dist.train.engine import Engine
@@ -173,7 +173,7 @@ def _report(run: Run, interval: Interval) -> None:
     logger.info(
         "step %s of %s | loss %8.4f | gradient %8.3f | %8s images/s | %s left",
         f"{step:{width},}", f"{run.steps:,}", interval.loss, interval.grad_norm, f"{images_per_s:,.0f}",
-        _clock((run.steps - step) * interval.step_s),
+        clock((run.steps - step) * interval.step_s),
     )  # fmt: skip
 
 
@@ -205,9 +205,3 @@ def _peak_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(math.ceil(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,229 @@
+"""A set of generated images on disk, drawn unit by unit, so that a killed command goes on where it stopped.
+
+    OUT/settings.json        what decides the images; another set is refused here
+    OUT/000000.png ...       --format png: one file an image
+    OUT/samples-00000.tar    --format tar: KEY.png and KEY.cls, a WebDataset, one tar a unit
+    OUT/samples.npz          --format npz: arr_0 [N, H, W, C] uint8 and arr_1 [N] labels, as ADM's evaluation reads it
+    OUT/labels.csv           index, label, nfe
+    OUT/samples.json         written last: the settings, and what was drawn
+
+A unit is a range of images; it is there when its record in OUT/.units is.
+"""
+
+import io
+import json
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.lib import format as npy
+from PIL import Image
+from webdataset.writer import TarWriter
+
+from eqm_dist.data.storage import atomic_write, storage_errors
+from eqm_dist.errors import ConfigError, DataError
+
+Format = Literal["png", "tar", "npz"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+SETTINGS_FILE = "settings.json"
+RECORD_FILE = "samples.json"
+LABELS_FILE = "labels.csv"
+NPZ_FILE = "samples.npz"
+_UNITS = ".units"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The images [start, stop) of a set."""
+
+    number: int
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"images {self.start:,} to {self.stop - 1:,}"
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The files of a set.
+
+    Attributes:
+        directory: where they are.
+        format: one of ``FORMATS``.
+        count: images in all.
+        unit: images of a unit.
+    """
+
+    directory: Path
+    format: Format
+    count: int
+    unit: int
+
+    def units(self) -> list[Unit]:
+        """All units."""
+        starts = range(0, self.count, self.unit)
+        return [Unit(number, start, min(start + self.unit, self.count)) for number, start in enumerate(starts)]
+
+    def missing(self) -> list[Unit]:
+        """The units that are still to be drawn."""
+        return [] if self.complete() else [unit for unit in self.units() if not self._record(unit).exists()]
+
+    def complete(self) -> bool:
+        """Whether everything is there."""
+        return (self.directory / RECORD_FILE).exists()
+
+    def write(self, unit: Unit, images: np.ndarray, labels: np.ndarray, nfe: np.ndarray) -> None:
+        """Write a unit: images [n, H, W, C] uint8, labels [n], evaluations [n]; its record last.
+
+        Raises:
+            StorageError: a file cannot be written.
+        """
+        if self.format == "png":
+            for index, image in zip(range(unit.start, unit.stop), images, strict=True):
+                path = self.directory / f"{index:06d}.png"
+                with storage_errors("write", path):
+                    path.write_bytes(_png(image))
+        elif self.format == "tar":
+            atomic_write(self.directory / f"samples-{unit.number:05d}.tar", _tar(unit, images, labels))
+        else:
+            content = io.BytesIO()
+            np.save(content, images)
+            atomic_write(self._pixels(unit), content.getbuffer())
+        record = {"labels": labels.tolist(), "nfe": nfe.tolist()}
+        atomic_write(self._record(unit), json.dumps(record).encode())
+
+    def finish(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Join what all units left, write the record of the set, and return it.
+
+        Raises:
+            StorageError: a file cannot be written.
+        """
+        units = [json.loads(self._record(unit).read_bytes()) for unit in self.units()]
+        labels = [label for unit in units for label in unit["labels"]]
+        nfe = [evaluations for unit in units for evaluations in unit["nfe"]]
+        lines = ["index,label,nfe", *(f"{i},{label},{n}" for i, (label, n) in enumerate(zip(labels, nfe, strict=True)))]
+        atomic_write(self.directory / LABELS_FILE, ("\n".join(lines) + "\n").encode())
+        if self.format == "npz":
+            self._join(np.array(labels))
+        whole = {
+            **record,
+            "nfe": {"mean": float(np.mean(nfe)), "min": min(nfe), "max": max(nfe)},
+            "label_histogram": np.bincount(labels).tolist(),
+        }
+        atomic_write(self.directory / RECORD_FILE, (json.dumps(whole, indent=1) + "\n").encode())
+        shutil.rmtree(self.directory / _UNITS)
+        return whole
+
+    def read(self, count: int) -> Iterator[np.ndarray]:
+        """The first ``count`` images [H, W, C] of a complete set, as they were written."""
+        if self.format == "npz":
+            with zipfile.ZipFile(self.directory / NPZ_FILE) as archive, archive.open("arr_0.npy") as file:
+                npy.read_magic(file)
+                shape, _, _ = npy.read_array_header_1_0(file)
+                for _ in range(min(count, shape[0])):
+                    yield np.frombuffer(file.read(int(np.prod(shape[1:]))), np.uint8).reshape(shape[1:])
+            return
+        for unit in self.units():
+            for index in range(unit.start, min(unit.stop, count)):
+                yield _pixels_of(self._png_bytes(unit, index))
+
+    def _png_bytes(self, unit: Unit, index: int) -> bytes:
+        if self.format == "png":
+            return (self.directory / f"{index:06d}.png").read_bytes()
+        with tarfile.open(self.directory / f"samples-{unit.number:05d}.tar") as tar:
+            file = tar.extractfile(f"{index:06d}.png")
+            assert file is not None
+            return file.read()
+
+    def _join(self, labels: np.ndarray) -> None:
+        """The ADM file from the arrays of the units, one in memory at a time."""
+        path = self.directory / NPZ_FILE
+        temporary = path.with_suffix(".npz.tmp")
+        with storage_errors("write", path):
+            with zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
+                with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                    shape = np.load(self._pixels(self.units()[0]), mmap_mode="r", allow_pickle=False).shape[1:]
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *shape)}
+                    npy.write_array_header_1_0(file, header)
+                    for unit in self.units():
+                        file.write(np.load(self._pixels(unit), allow_pickle=False).tobytes())
+                with archive.open("arr_1.npy", "w") as file:
+                    npy.write_array(file, labels)
+            temporary.replace(path)
+
+    def _record(self, unit: Unit) -> Path:
+        return self.directory / _UNITS / f"{unit.number:05d}.json"
+
+    def _pixels(self, unit: Unit) -> Path:
+        return self.directory / _UNITS / f"{unit.number:05d}.npy"
+
+
+def open_image_set(directory: Path, settings: Mapping[str, Any], format: Format, count: int, unit: int) -> ImageSet:
+    """Begin a set, or go on with one that was begun with the same settings.
+
+    Args:
+        directory: where it goes; made if there is none.
+        settings: everything that decides the images.
+        format: how they are written.
+        count: images in all.
+        unit: images of a unit, if the set begins now; one that was begun keeps its own.
+
+    Raises:
+        ConfigError: the directory holds other images.
+        StorageError: it cannot be written.
+    """
+    path = directory / SETTINGS_FILE
+    wanted = {**settings, "format": format, "samples": count}
+    with storage_errors("create", directory / _UNITS):
+        directory.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            unit = _resume(path, wanted)
+        elif any(directory.iterdir()):
+            raise ConfigError(
+                f"--out must be a new or an empty directory, and {directory} holds files; choose another."
+            )
+        else:
+            atomic_write(path, (json.dumps({**wanted, "unit": unit}, indent=1) + "\n").encode())
+        if not (directory / RECORD_FILE).exists():
+            (directory / _UNITS).mkdir(exist_ok=True)
+    return ImageSet(directory, format, count, unit)
+
+
+def _resume(path: Path, wanted: Mapping[str, Any]) -> int:
+    try:
+        begun = json.loads(path.read_bytes())
+        unit = begun.pop("unit")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error!r}); delete its directory to start over.") from None
+    for key in sorted(begun.keys() | wanted.keys()):
+        if begun.get(key) != wanted.get(key):
+            raise ConfigError(
+                f"{path.parent} was begun with {key} {begun.get(key)}, and now it is {wanted.get(key)}; keep it, or"
+                " choose another --out."
+            )
+    return unit
+
+
+def _png(image: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(content, "PNG")
+    return content.getvalue()
+
+
+def _pixels_of(png: bytes) -> np.ndarray:
+    pixels = np.asarray(Image.open(io.BytesIO(png)))
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def _tar(unit: Unit, images: np.ndarray, labels: np.ndarray) -> memoryview:
+    content = io.BytesIO()
+    with TarWriter(content, user="", group="", mtime=0) as tar:
+        for index, image, label in zip(range(unit.start, unit.stop), images, labels, strict=True):
+            tar.write({"__key__": f"{index:06d}", "png": _png(image), "cls": int(label)})
+    return content.getbuffer()

@@ -1,0 +1,135 @@
+"""A trained model as a directory for others: weights, config, and a card that says what it is.
+
+OUT/model.safetensors   averaged weights under the official names
+OUT/config.yaml         the config of the run
+OUT/model.json          step, autoencoder, class names, sha256 of the weights
+OUT/README.md           the model card
+OUT/samples.png         the run's own picture at that step, if it drew one
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from eqm_dist.build import CONFIG_FILE, METRICS_FILE, derived_numbers
+from eqm_dist.config import SamplerConfig, to_yaml, with_overrides
+from eqm_dist.data.manifest import MANIFEST_NAME, read_manifest
+from eqm_dist.data.storage import atomic_write, storage_errors
+from eqm_dist.errors import ConfigError
+from eqm_dist.pretrained import DESCRIPTION_FILE, WEIGHTS_FILE, Pretrained
+from eqm_dist.provenance import provenance
+from eqm_dist.track.jsonl import read_metrics
+
+CARD_FILE = "README.md"
+PICTURE_FILE = "samples.png"
+_UNSET = {"data.cache_dir": None, "data.cache_gib": None, "data.deadline_s": None, "track.mlflow_uri": None}
+
+
+def export(model: Pretrained, out: Path, *, license: str | None = None) -> Path:
+    """Write the directory; ``model.safetensors`` last, so that half an export is none.
+
+    Args:
+        model: what is exported.
+        out: a new or an empty directory.
+        license: SPDX id for the card; None leaves it out.
+
+    Raises:
+        CheckpointError: the weights are not those of the config.
+        ConfigError: ``out`` holds files.
+        StorageError: it cannot be written.
+    """
+    model.model  # noqa: B018 (nothing is exported that does not load)
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"--out must be a new or an empty directory, and {out} holds files; name another.")
+    with storage_errors("create", out):
+        out.mkdir(parents=True, exist_ok=True)
+    picture = _picture(model)
+    if picture is not None:
+        with storage_errors("write", out / PICTURE_FILE):
+            shutil.copyfile(picture, out / PICTURE_FILE)
+    # Where this machine keeps things is nobody else's matter.
+    config = with_overrides(model.config, {"run.root": None, "data.shards": None, "data.mix": [], **_UNSET})
+    atomic_write(out / CONFIG_FILE, to_yaml(config).encode())
+    description = {
+        "step": model.step,
+        "autoencoder": model.autoencoder,
+        "autoencoder_location": model.autoencoder_location,
+        "class_names": model.class_names,
+        "weights_sha256": model.sha256,
+        **provenance(),
+    }
+    atomic_write(out / DESCRIPTION_FILE, (json.dumps(description, indent=1) + "\n").encode())
+    atomic_write(out / CARD_FILE, model_card(model, license, picture is not None).encode())
+    weights = {name: tensor.contiguous() for name, tensor in model.weights.items()}
+    atomic_write(out / WEIGHTS_FILE, safetensors.torch.save(weights, {"format": "pt"}))
+    return out
+
+
+def model_card(model: Pretrained, license: str | None = None, picture: bool = False) -> str:
+    """The card in Markdown, with the front matter that model hubs read."""
+    metrics = _metrics(model)
+    front = ["---", "library_name: eqm-dist", "tags: [equilibrium-matching, image-generation]"]
+    front += [f"license: {license}"] if license else []
+    objective = model.config.objective
+    method = "Equilibrium Matching" if objective.kind == "eqm" else objective.kind.replace("_", " ")
+    facts = {"method": method + (f" with explicit energy ({objective.energy})" * (objective.energy != "none"))}
+    if objective.kind == "eqm":
+        facts["c(gamma)"] = ", ".join(f"{k} {v}" for k, v in objective.decay.model_dump(exclude_none=True).items())
+    numbers = derived_numbers(model.config)
+    facts["parameters"] = numbers["parameters"]
+    if model.step is not None:
+        training = model.config.train
+        facts["training"] = f"{model.step:,} steps of {training.global_batch:,} images, seed {model.config.run.seed}"
+    facts |= _data(model)
+    facts["latents"] = f"{list(model.config.data.latent_shape)} of {model.autoencoder or 'an unnamed autoencoder'}"
+    facts["classes"] = f"{model.config.data.num_classes:,}"
+    facts["sampler"] = _sampler(model.config.evaluation.sampler)
+    lines = [*front, "---", "", f"# {model.name}", ""]
+    lines += [f"![One row for each class]({PICTURE_FILE})", ""] if picture else []
+    lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), ""]
+    if metrics:
+        lines += [
+            "## Measured",
+            "",
+            f"At step {model.step:,}, while it trained:",
+            "",
+            "| metric | value |",
+            "|---|---|",
+        ]
+        lines += [f"| {name.removeprefix('eval/')} | {value:.4g} |" for name, value in sorted(metrics.items())]
+        lines += ["", f"Extractor: {model.config.evaluation.extractor}.", ""]
+    lines += [
+        "## Use", "", "```python", "import eqm_dist", "", 'model = eqm_dist.load("path/to/this/directory")',
+        "images = model.sample(labels=[0], seed=0)  # [1, H, W, C] uint8", "```", "",
+        "The method: Runqian Wang and Yilun Du, Equilibrium Matching: Generative Modeling with Implicit Energy-Based"
+        " Models, [arXiv 2510.02300](https://arxiv.org/abs/2510.02300).", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _sampler(sampler: SamplerConfig) -> str:
+    return ", ".join(f"{key} {value}" for key, value in sampler.model_dump(exclude_none=True).items())
+
+
+def _metrics(model: Pretrained) -> dict[str, float]:
+    """What the run measured at that very step."""
+    if model.run is None:
+        return {}
+    lines = (line for line in read_metrics(model.run / METRICS_FILE) if line["step"] == model.step)
+    return {name: value for line in lines for name, value in line.items() if name.startswith("eval/")}
+
+
+def _data(model: Pretrained) -> dict[str, Any]:
+    if model.run is None or not (model.run / MANIFEST_NAME).exists():
+        return {}
+    manifest = read_manifest(model.run)
+    return {"data": f"{manifest.source}: {manifest.num_samples:,} samples"}
+
+
+def _picture(model: Pretrained) -> Path | None:
+    if model.run is None or model.step is None:
+        return None
+    return next(iter((model.run / "samples").glob(f"samples_step{model.step:08d}.png")), None)

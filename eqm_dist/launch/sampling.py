@@ -1,0 +1,126 @@
+"""Images drawn from a trained model by all actors of a cluster: what ``pipelines/sample.py`` calls."""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from eqm_dist.config import dump
+from eqm_dist.data.image_set import RECORD_FILE, Format, ImageSet, Unit, open_image_set
+from eqm_dist.data.storage import storage_errors
+from eqm_dist.evaluate.grid import sample_grid
+from eqm_dist.evaluate.labels import labels_of
+from eqm_dist.logs import Progress
+from eqm_dist.pretrained import Pretrained
+from eqm_dist.provenance import provenance
+
+UNIT = 1024
+"""Most images of a unit, which is what a kill can cost an actor."""
+UNITS_PER_ACTOR = 4
+GRID_CLASSES, GRID_COLUMNS = 10, 10
+
+
+def draw(
+    model: Pretrained,
+    out: Path,
+    *,
+    samples: int,
+    labels: str,
+    seed: int,
+    batch: int,
+    format: Format,
+    launcher: str,
+    actors: int | None = None,
+) -> str:
+    """Draw a set of images, or go on with one that was begun; returns the closing report.
+
+    Args:
+        model: what draws them.
+        out: directory of the set (``data.image_set``).
+        samples: images in all.
+        labels: rule for the class of each (``evaluate.labels``).
+        seed: image i depends on (weights, sampler, seed, i) alone.
+        batch: images that an actor draws at once.
+        format: png, tar or npz.
+        launcher: ``ray``, or ``local`` for this process alone.
+        actors: most actors; default all that the cluster has room for.
+
+    Raises:
+        EqmDistError: one sentence for the user.
+    """
+    labels_of(labels, torch.arange(1), model.config.data.num_classes, seed)
+    model.decoder  # noqa: B018 (fails here, in one sentence, and not on every actor)
+    settings = {
+        "model": model.source,
+        "step": model.step,
+        "weights_sha256": model.sha256,
+        "sampler": dump(model.config.evaluation.sampler),
+        "labels": labels,
+        "seed": seed,
+    }
+    unit = max(1, min(UNIT, math.ceil(samples / (UNITS_PER_ACTOR * (actors or 2)))))
+    images = open_image_set(out, settings, format, samples, unit)
+    if not images.complete():
+        missing = images.missing()
+        started, drawn = time.monotonic(), sum(unit.stop - unit.start for unit in missing)
+        progress = Progress("drew", samples, done=samples - drawn)
+        for unit, _ in _run(DrawUnit(model, images, labels, seed, batch), missing, launcher, actors):
+            progress.add(unit.stop - unit.start)
+        seconds = time.monotonic() - started
+        images.finish({**settings, "samples": samples, "images_per_s": drawn / seconds, **provenance()})
+    return _report(model, images, out)
+
+
+@dataclass(frozen=True)
+class DrawUnit:
+    """What an actor does: the images of a unit, drawn and written. Pickles, weights included."""
+
+    model: Pretrained
+    images: ImageSet
+    labels: str
+    seed: int
+    batch: int
+
+    def __call__(self, unit: Unit, device: torch.device) -> None:
+        indices = torch.arange(unit.start, unit.stop)
+        labels = labels_of(self.labels, indices, self.model.config.data.num_classes, self.seed)
+        drawn = self.model.generate(indices, labels, self.seed, self.batch, device)
+        self.images.write(unit, drawn.images.cpu().numpy(), labels.numpy(), drawn.nfe.cpu().numpy())
+
+
+def _run(work: DrawUnit, units: Sequence[Unit], launcher: str, actors: int | None) -> Iterator[tuple[Unit, Any]]:
+    if launcher == "local":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return ((unit, work(unit, device)) for unit in units)
+    from eqm_dist.launch.ray_actors import run_on_ray  # a local run works without Ray
+
+    return run_on_ray(work, units, most_actors=actors)
+
+
+def _report(model: Pretrained, images: ImageSet, out: Path) -> str:
+    record = json.loads((out / RECORD_FILE).read_bytes())
+    classes = min(GRID_CLASSES, model.config.data.num_classes)
+    wanted = min(images.count, classes * GRID_COLUMNS)
+    grid = out / "grid.png"
+    first = torch.from_numpy(np.stack(list(images.read(wanted))))
+    labels = labels_of(record["labels"], torch.arange(wanted), model.config.data.num_classes, record["seed"])
+    with storage_errors("write", grid):
+        sample_grid(first, labels, GRID_COLUMNS).save(grid)
+    nfe = record["nfe"]
+    spent = f"{nfe['mean']:,.1f} (from {nfe['min']:,} to {nfe['max']:,})" if nfe["min"] < nfe["max"] else nfe["min"]
+    lines = {
+        "model": f"{model.source}{f', step {model.step:,}' if model.step is not None else ''}",
+        "images": f"{images.count:,} as {images.format}, labels {record['labels']}, seed {record['seed']}",
+        "evaluations": f"{spent} an image",
+        "speed": f"{record['images_per_s']:,.1f} images/s",
+        "grid": str(grid),
+        "record": str(out / RECORD_FILE),
+    }
+    width = max(map(len, lines))
+    return "\n".join(["", f"{out} is complete", *(f"  {key:<{width}}  {text}" for key, text in lines.items())])

@@ -1,0 +1,336 @@
+"""Trained weights from anywhere, ready to draw samples: a run, a checkpoint, an export, an official file.
+
+model = eqm_dist.load("runs/digits")
+images = model.sample(labels=[3, 1, 4])  # [3, 8, 8, 1] uint8
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from eqm_dist.build import CHECKPOINTS, CONFIG_FILE, build_field, build_model, build_sampler, runs_root
+from eqm_dist.config import Config, parse, with_overrides
+from eqm_dist.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from eqm_dist.data.storage import local_path
+from eqm_dist.errors import CheckpointError, ConfigError, DataError
+from eqm_dist.evaluate.generate import Generated, generate
+from eqm_dist.models.autoencoder import Autoencoder, load_autoencoder
+from eqm_dist.models.sit import SiT
+from eqm_dist.models.sizes import SIZES
+from eqm_dist.train.checkpoint import EMA_FILE, MARKER, Checkpoints, read_marker, verify_file
+
+WEIGHTS_FILE = "model.safetensors"
+DESCRIPTION_FILE = "model.json"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Averaged weights with everything needed to draw images from them. Pickles.
+
+    Attributes:
+        config: of the training; ``model``, ``objective`` and ``evaluation.sampler`` matter here.
+        weights: the state dict.
+        source: where it was loaded from.
+        step: updates that made it; None if unknown.
+        autoencoder: its id; None if unknown.
+        autoencoder_location: where that is; None for the identity.
+        class_names: one for each class, or none.
+        run: directory of the run it came from, or None.
+    """
+
+    config: Config
+    weights: Mapping[str, Tensor] = field(repr=False)
+    source: str
+    step: int | None = None
+    autoencoder: str | None = None
+    autoencoder_location: str | None = None
+    class_names: tuple[str, ...] = ()
+    run: Path | None = None
+
+    def sample(
+        self,
+        labels: Sequence[int] | Tensor,
+        *,
+        seed: int = 0,
+        batch: int = 256,
+        device: torch.device | str | None = None,
+        **sampler: Any,
+    ) -> Tensor:
+        """Draw one image for each label.
+
+        Args:
+            labels: [n], in [0, num_classes), or num_classes for the null label.
+            seed: image i depends on (weights, seed, i) alone.
+            batch: images drawn at once.
+            device: default a GPU if there is one.
+            sampler: keys of ``evaluation.sampler`` to change: ``evaluations=50``, ``cfg_scale=1.5``, ...
+
+        Returns:
+            Images [n, H, W, C], uint8.
+
+        Raises:
+            ConfigError: an unknown key, or a value that cannot take effect.
+            DataError: a label that the model does not know, or no autoencoder is known.
+        """
+        labels = torch.as_tensor(labels, dtype=torch.int64)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = self.with_sampler(**sampler) if sampler else self
+        return model.generate(torch.arange(len(labels)), labels, seed, batch, device).images
+
+    def with_sampler(self, **sampler: Any) -> "Pretrained":
+        """The same weights with another sampler; keys of ``evaluation.sampler``.
+
+        Raises:
+            ConfigError: an unknown key, or a value that cannot take effect.
+        """
+        overrides = {f"evaluation.sampler.{key}": value for key, value in sampler.items()}
+        return replace(self, config=with_overrides(self.config, overrides, "the sampler"))
+
+    def generate(self, indices: Tensor, labels: Tensor, seed: int, batch: int, device: torch.device) -> Generated:
+        """The images of sample indices [n] with labels [n]: see ``evaluate.generate``."""
+        known = self.config.data.num_classes
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= known:
+            raise DataError(
+                f"Labels must lie in 0..{known - 1}, or be {known} for none,"
+                f" got {int(labels.min())} to {int(labels.max())}."
+            )
+        model = self.model.to(device)
+        sampler = self.config.evaluation.sampler
+        return generate(
+            build_field(self.config, model, known),
+            indices=indices.to(device),
+            labels=labels.to(device),
+            latent_shape=self.config.data.latent_shape,
+            sampler=build_sampler(sampler),
+            evaluations=sampler.evaluations,
+            seed=seed,
+            decode=self.decoder.decode,
+            batch=batch,
+        )
+
+    @property
+    def name(self) -> str:
+        """Short, for files and pictures: the run and its step, or the file's name."""
+        name = Path(self.source).stem if self.run is None else self.run.name
+        return name if self.step is None else f"{name}-step{self.step}"
+
+    @cached_property
+    def model(self) -> SiT:
+        """The backbone with these weights, frozen.
+
+        Raises:
+            CheckpointError: they are not of the model that the config describes.
+        """
+        model = build_model(self.config)
+        try:
+            model.load_state_dict(dict(self.weights))
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"The weights in {self.source} must be those of the config beside them, and are not"
+                f" ({' '.join(str(error).split())[:300]}); use files of one run."
+            ) from None
+        return model.eval().requires_grad_(False)
+
+    @cached_property
+    def decoder(self) -> Autoencoder:
+        """What turns latents into images.
+
+        Raises:
+            DataError: it is not known, or not where it was.
+        """
+        if self.autoencoder is None:
+            raise DataError(
+                f"{self.source} does not say which autoencoder decodes its latents; name it with autoencoder"
+                " (--autoencoder): identity, a folder that diffusers wrote, or a hub id like"
+                " stabilityai/sd-vae-ft-ema."
+            )
+        return load_autoencoder(self.autoencoder_location, self.autoencoder)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Names the weights, whatever file they came from."""
+        digest = hashlib.sha256()
+        for name in sorted(self.weights):
+            tensor = self.weights[name]
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def load(
+    location: str | Path, *, autoencoder: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> Pretrained:
+    """Load averaged weights.
+
+    Args:
+        location: a run directory (its newest whole checkpoint), a checkpoint, a directory of ``pipelines/export.py``,
+            or a file of weights under the official names: ``.pt`` of the official EqM or SiT code, or
+            ``.safetensors``. Of a file, sizes are read off the weights; nothing in it is executed.
+        autoencoder: what decodes the latents, where the files do not say, or another place for it: ``identity``, a
+            folder that diffusers wrote, or a hub id.
+        overrides: config keys to change, such as ``{"objective.kind": "flow_matching"}`` for a SiT file.
+
+    Raises:
+        CheckpointError: there is nothing to load there, or it is damaged.
+        ConfigError: an override that cannot be.
+    """
+    path, overrides = local_path(location), dict(overrides or {})
+    if path.is_file():
+        loaded = _file(path, overrides)
+    elif (path / WEIGHTS_FILE).exists():
+        loaded = _export(path, overrides)
+    elif (path / MARKER).exists():
+        loaded = _checkpoint(path, overrides)
+    elif latest := Checkpoints(path / CHECKPOINTS, keep=1).latest():
+        loaded = _checkpoint(latest, overrides)
+    else:
+        raise CheckpointError(
+            "A model must be a run directory with a whole checkpoint, a checkpoint, a directory of pipelines/export.py"
+            f" or a file of weights, and {path} {'is none of these' if path.exists() else 'does not exist'};"
+            " correct the path, or train one with `make train`."
+        )
+    if autoencoder is not None:
+        found = load_autoencoder(None if autoencoder == "identity" else autoencoder)
+        loaded = replace(loaded, autoencoder=found.id, autoencoder_location=found.location)
+    return loaded
+
+
+def newest_run(root: Path | None = None) -> Path:
+    """The run in ``root``, by default runs/ here, that was saved last: what commands take by default.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    root = root or runs_root()
+    markers = list(root.glob(f"*/{CHECKPOINTS}/step_*/{MARKER}"))
+    if not markers:
+        raise CheckpointError(f"There is no run with a checkpoint in {root}; train one with `make train`.")
+    return max(markers, key=lambda marker: marker.stat().st_mtime).parents[2]
+
+
+def _checkpoint(path: Path, overrides: Mapping[str, Any]) -> Pretrained:
+    marker = read_marker(path)
+    for name in (EMA_FILE, CONFIG_FILE):
+        verify_file(path, name, marker)
+    run = path.parent.parent
+    manifest = read_manifest(run) if (run / MANIFEST_NAME).exists() else None
+    return Pretrained(
+        config=_config(path / CONFIG_FILE, overrides),
+        weights=_safetensors(path / EMA_FILE),
+        source=str(path),
+        step=marker["step"],
+        run=run,
+        **_of_manifest(manifest),
+    )
+
+
+def _of_manifest(manifest: Manifest | None) -> dict[str, Any]:
+    if manifest is None:
+        return {}
+    return {
+        "autoencoder": manifest.autoencoder,
+        "autoencoder_location": manifest.autoencoder_location,
+        "class_names": manifest.class_names,
+    }
+
+
+def _export(path: Path, overrides: Mapping[str, Any]) -> Pretrained:
+    try:
+        description = json.loads((path / DESCRIPTION_FILE).read_bytes())
+        fields = {name: description[name] for name in ("step", "autoencoder", "autoencoder_location")}
+        names = tuple(description["class_names"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path / DESCRIPTION_FILE} must be the file that pipelines/export.py wrote, and cannot be read as one"
+            f" ({error!r}); export again."
+        ) from None
+    return Pretrained(
+        config=_config(path / CONFIG_FILE, overrides),
+        weights=_safetensors(path / WEIGHTS_FILE),
+        source=str(path),
+        class_names=names,
+        **fields,
+    )
+
+
+def _config(path: Path, overrides: Mapping[str, Any]) -> Config:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({' '.join(str(error).split())}); restore it, or use another checkpoint."
+        ) from None
+    return with_overrides(parse(Config, values, str(path)), overrides)
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); restore it, or use another file.") from None
+
+
+def _file(path: Path, overrides: dict[str, Any]) -> Pretrained:
+    """Bare weights under the official names; of the official ``.pt`` the average."""
+    if path.suffix == ".safetensors":
+        weights = _safetensors(path)
+    else:
+        try:
+            # Official checkpoints hold their arguments as a Namespace; nothing but that and tensors is let in.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise CheckpointError(
+                f"{path} must be a file of weights that torch.save wrote, and cannot be read as one without executing"
+                f" what is in it ({' '.join(str(error).split())[:200]}); convert it to .safetensors where you trust it."
+            ) from None
+        content = content if isinstance(content, Mapping) else {}
+        weights = content.get("ema", content.get("model", content))
+    weights = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
+    return Pretrained(config=_config_of(weights, overrides, path), weights=weights, source=str(path))
+
+
+def _config_of(weights: Mapping[str, Tensor], overrides: dict[str, Any], path: Path) -> Config:
+    """Sizes as the weights have them; heads cannot be read off, so they are those of the official size."""
+    try:
+        hidden_size, channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
+        side = math.isqrt(weights["pos_embed"].shape[1]) * patch_size
+        num_classes = weights["y_embedder.embedding_table.weight"].shape[0] - 1
+        outputs = weights["final_layer.linear.weight"].shape[0] // patch_size**2
+        depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} must hold the weights of a SiT backbone under the official names, and does not ({error!r});"
+            " use a checkpoint of EqM or SiT."
+        ) from None
+    sizes = {(size.hidden_size, size.depth): size.num_heads for size in SIZES.values()}
+    heads = overrides.pop("model.num_heads", sizes.get((hidden_size, depth)))
+    if heads is None:
+        raise ConfigError(
+            f"The number of heads cannot be read off weights, and {path} has no official size ({hidden_size} wide,"
+            f" {depth} deep); give model.num_heads."
+        )
+    values = {
+        "data": {"latent_shape": [channels, side, side], "num_classes": num_classes},
+        "model": {
+            "patch_size": patch_size,
+            "hidden_size": hidden_size,
+            "depth": depth,
+            "num_heads": heads,
+            "learn_sigma": outputs == 2 * channels,
+        },
+    }
+    return with_overrides(parse(Config, values, str(path)), overrides)
