@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eqm_dist.cli import command_parser, run
+from eqm_dist.data.storage import DEADLINE_S, is_remote
 from eqm_dist.errors import ConfigError
 from eqm_dist.logs import setup_logging
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 SOURCES = {
     "digits": "the embedded digits, 8x8 grey",
     "folder": "a tree INPUT/CLASS/NAME.jpg",
-    "tars": "WebDataset tars of images, INPUT a path or a glob",
+    "tars": "WebDataset tars of images, INPUT a file, directory or glob",
     "parquet": "Parquet or Arrow tables, INPUT a file, directory or glob",
     "idx": "the files of MNIST and its relatives, INPUT their directory or NAME-images-idx3-ubyte[.gz]",
 }
@@ -46,7 +47,9 @@ def prepare(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--source", choices=SOURCES, help="; ".join(f"{kind}: {text}" for kind, text in SOURCES.items())
     )
-    parser.add_argument("--input", metavar="INPUT", help="where the images are; for all sources but digits")
+    parser.add_argument(
+        "--input", metavar="INPUT", help="where the images are, here or on s3://; not for digits"
+    )
     parser.add_argument("--out", metavar="DIR", help="directory or s3:// prefix for the shards; made if absent")
     parser.add_argument(
         "--staging", metavar="DIR", help="local or shared directory where shards for an s3:// --out are written first"
@@ -71,6 +74,7 @@ def prepare(arguments: Sequence[str]) -> None:
         "--dtype", type=_dtype, default="float32", help="of the stored moments: float32 or float16 (default: float32)"
     )
     parser.add_argument("--mirror", action="store_true", help="store the mirrored images too, for data.flip")
+    _add_deadline(parser)
     parser.add_argument(
         "--launcher",
         choices=["ray", "local"],
@@ -83,17 +87,19 @@ def prepare(arguments: Sequence[str]) -> None:
             "--source and --out must be given, for example --source digits --out data/digits; see --help."
         )
 
-    remote = options.out.startswith("s3://")
+    remote = is_remote(options.out)
     if remote != (options.staging is not None):
         rule = "an s3:// --out needs --staging" if remote else "--staging has no effect on a local --out"
         raise ConfigError(f"{rule}, received --out {options.out}; {'add' if remote else 'leave out'} --staging.")
+
+    deadline_s = _deadline_s(options, options.input or "", options.out)
 
     # After parsing, for these import torch and --help must answer at once.
     from eqm_dist.data.publish import publish_shards
     from eqm_dist.data.shards import run_here, write_shards
     from eqm_dist.models.autoencoder import load_autoencoder
 
-    source, class_names = _source(options)
+    source, class_names = _source(options, deadline_s)
     autoencoder = load_autoencoder(None if options.autoencoder == "identity" else options.autoencoder)
     runner = run_here
     if options.launcher == "ray":
@@ -111,7 +117,7 @@ def prepare(arguments: Sequence[str]) -> None:
         runner=runner,
     )
     if remote:
-        publish_shards(Path(options.staging), options.out)
+        publish_shards(Path(options.staging), options.out, deadline_s)
     shape = ",".join(map(str, manifest.latent_shape))
     print(f"{options.out} holds {manifest.num_samples:,} samples in {len(manifest.shards)} shards.")
     print(f"Train on it with --data.shards {options.out} --data.latent_shape [{shape}]", end=" ")
@@ -190,6 +196,25 @@ def _add_autoencoder(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_deadline(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--deadline-s",
+        type=float,
+        metavar="S",
+        help="seconds for which s3:// may fail or stall before it is given up (default: 60)",
+    )
+
+
+def _deadline_s(options: argparse.Namespace, *locations: str) -> float:
+    if options.deadline_s is None:
+        return DEADLINE_S
+    if options.deadline_s <= 0:
+        raise ConfigError(f"--deadline-s must be above 0, received {options.deadline_s:g}.")
+    if not any(map(is_remote, locations)):
+        raise ConfigError("--deadline-s has no effect where nothing is on s3://; leave it out.")
+    return options.deadline_s
+
+
 def _dtype(text: str) -> str:
     if text == "bfloat16":
         raise ConfigError(
@@ -201,7 +226,7 @@ def _dtype(text: str) -> str:
     return text
 
 
-def _source(options: argparse.Namespace) -> "tuple[ImageSource, tuple[str, ...]]":
+def _source(options: argparse.Namespace, deadline_s: float) -> "tuple[ImageSource, tuple[str, ...]]":
     """The images that the options describe, and the names of their classes."""
     from eqm_dist.data.preprocess import PreparedImages
     from eqm_dist.data.sources import Digits, IdxImages, ImageFolder, ImageTable, ImageTars
@@ -229,9 +254,11 @@ def _source(options: argparse.Namespace) -> "tuple[ImageSource, tuple[str, ...]]
             options.input,
             image_column=options.image_column or "image",
             label_column=options.label_column or "label",
+            deadline_s=deadline_s,
         )
     else:
-        raw = {"folder": ImageFolder, "tars": ImageTars, "idx": IdxImages}[options.source](options.input)
+        kind = {"folder": ImageFolder, "tars": ImageTars, "idx": IdxImages}[options.source]
+        raw = kind(options.input, deadline_s=deadline_s)
     channels = options.channels or (1 if options.source == "idx" else 3)
     images = PreparedImages(raw, resolution=options.resolution, channels=channels, num_classes=options.num_classes)
     return images, images.class_names

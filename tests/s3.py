@@ -59,11 +59,14 @@ def use(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
 
 
 def upload(endpoint: str, directory: Path, prefix: str) -> str:
-    """Copy a directory's files; returns the URL of the copy."""
+    """Copy a tree; returns the URL of the copy. An empty directory becomes what consoles make of it."""
     s3 = client(endpoint)
-    for path in directory.iterdir():
+    for path in directory.rglob("*"):
+        key = f"{prefix}/{path.relative_to(directory).as_posix()}"
         if path.is_file() and not path.name.startswith("."):
-            s3.put_object(Bucket=BUCKET, Key=f"{prefix}/{path.name}", Body=path.read_bytes())
+            s3.put_object(Bucket=BUCKET, Key=key, Body=path.read_bytes())
+        elif path.is_dir() and not any(path.iterdir()):
+            s3.put_object(Bucket=BUCKET, Key=f"{key}/", Body=b"")
     return f"s3://{BUCKET}/{prefix}"
 
 

@@ -3,7 +3,7 @@
 import gzip
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,40 +13,48 @@ import pytest
 
 from eqm_dist.data.preprocess import PreparedImages
 from eqm_dist.data.sources import IdxImages, ImageFolder, ImageTable, ImageTars, LabelledImage, RawSource
+from eqm_dist.data.sources.files import find_files
 from eqm_dist.errors import DataError
+from tests import s3
 from tests.images import pixels, png, write_idx, write_tar
+from tests.s3 import FaultyProxy
 
 LABELS = [0, 0, 1, 2, 2, 2, 4]
 NAMES = ["ant", "bee", "cow", "dog", "elk"]
 IMAGES = [pixels(index, 16, 16) for index in range(len(LABELS))]
 
 
-def folder(root: Path) -> RawSource:
+Place = Callable[[Path], str]
+"""From the directory in which a layout was written to where it is read: there, or on S3 after a copy."""
+
+
+def folder(root: Path, place: Place = str) -> RawSource:
     for name in NAMES:
         (root / name).mkdir()
     for index, (image, label) in enumerate(zip(IMAGES, LABELS, strict=True)):
         (root / NAMES[label] / f"{index}.png").write_bytes(png(image))
-    return ImageFolder(root)
+    return ImageFolder(place(root))
 
 
-def tars(root: Path) -> RawSource:
+def tars(root: Path, place: Place = str) -> RawSource:
     for number, part in enumerate((range(4), range(4, 7))):
         write_tar(
             root / f"{number}.tar",
             {f"a/{i}.{kind}": png(IMAGES[i]) if kind == "png" else b"%d" % LABELS[i] for i in part for kind in KINDS},
         )
-    return ImageTars(str(root / "*.tar"))
+    return ImageTars(f"{place(root)}/*.tar")
 
 
 KINDS = ("png", "cls")
 
 
-def tars_with_json(root: Path) -> RawSource:
+def tars_with_json(root: Path, place: Place = str) -> RawSource:
     members = {}
     for index, (image, label) in enumerate(zip(IMAGES, LABELS, strict=True)):
         members[f"{index}.json"] = json.dumps({"caption": "x", "label": label}).encode()
         members[f"{index}.png"] = png(image)
-    return ImageTars(str(write_tar(root / "one.tar", members)))
+    write_tar(root / "one.tar", members)
+    return ImageTars(f"{place(root)}/one.tar")
 
 
 def table(images: pa.Array) -> pa.Table:
@@ -55,30 +63,47 @@ def table(images: pa.Array) -> pa.Table:
     return pa.table({"image": images, "label": pa.array(LABELS, pa.int64())}).replace_schema_metadata(metadata)
 
 
-def parquet(root: Path) -> RawSource:
+def parquet(root: Path, place: Place = str) -> RawSource:
     cells = table(pa.array([{"bytes": png(image), "path": None} for image in IMAGES]))
     pq.write_table(cells.slice(0, 5), root / "0.parquet", row_group_size=2)
     pq.write_table(cells.slice(5), root / "1.parquet")
-    return ImageTable(root)
+    return ImageTable(place(root))
 
 
-def arrow_stream(root: Path) -> RawSource:
+def arrow_stream(root: Path, place: Place = str) -> RawSource:
     cells = table(pa.array([png(image) for image in IMAGES], pa.binary()))
     with pa.OSFile(str(root / "x.arrow"), "wb") as sink, pa.ipc.new_stream(sink, cells.schema) as writer:
         writer.write_table(cells, max_chunksize=3)
-    return ImageTable(root / "x.arrow")
+    return ImageTable(f"{place(root)}/x.arrow")
 
 
-def arrow_file(root: Path) -> RawSource:
+def arrow_file(root: Path, place: Place = str) -> RawSource:
     cells = table(pa.array([png(image) for image in IMAGES], pa.large_binary()))
     with pa.OSFile(str(root / "x.arrow"), "wb") as sink, pa.ipc.new_file(sink, cells.schema) as writer:
         writer.write_table(cells)
-    return ImageTable(root)
+    return ImageTable(f"{place(root)}/**/*.arrow")
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    with s3.s3_server() as address:
+        yield address
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
+    if request.param == "local":
+        return str
+    address = request.getfixturevalue("endpoint")
+    s3.use(monkeypatch, address)
+    return lambda root: s3.upload(address, root, root.name)
 
 
 @pytest.mark.parametrize("make", [folder, tars, tars_with_json, parquet, arrow_stream, arrow_file])
-def test_every_layout_gives_the_same_images(tmp_path: Path, make: Callable[[Path], RawSource]) -> None:
-    raw = pickle.loads(pickle.dumps(make(tmp_path)))  # as a worker gets it
+def test_every_layout_gives_the_same_images(
+    tmp_path: Path, make: Callable[[Path, Place], RawSource], place: Place
+) -> None:
+    raw = pickle.loads(pickle.dumps(make(tmp_path, place)))  # as a worker gets it
     source = PreparedImages(raw, resolution=16, channels=3)
     samples = list(source.read(0, len(source)))
     assert len(source) == len(samples) == len(LABELS)
@@ -97,7 +122,7 @@ def test_every_layout_gives_the_same_images(tmp_path: Path, make: Callable[[Path
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_idx_files_give_grey_images(tmp_path: Path, packed: bool) -> None:
+def test_idx_files_give_grey_images(tmp_path: Path, packed: bool, place: Place) -> None:
     grey = np.stack([image[..., 0] for image in IMAGES])
     for name, array in {"images-idx3": grey, "labels-idx1": np.array(LABELS, np.uint8)}.items():
         file = tmp_path / f"train-{name}-ubyte"
@@ -105,11 +130,70 @@ def test_idx_files_give_grey_images(tmp_path: Path, packed: bool) -> None:
         if packed:
             file.with_name(file.name + ".gz").write_bytes(gzip.compress(file.read_bytes()))
             file.unlink()
-    source = PreparedImages(IdxImages(tmp_path), resolution=None, channels=1, num_classes=10)
+    source = PreparedImages(IdxImages(place(tmp_path)), resolution=None, channels=1, num_classes=10)
     assert source.num_classes == 10
     samples = [sample for sample in source.read(0, len(source)) if isinstance(sample, LabelledImage)]
     assert [sample.label for sample in samples] == LABELS
     assert np.array_equal(np.stack([sample.image for sample in samples])[..., 0], grey)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"), [(folder, ImageFolder), (tars, ImageTars), (parquet, ImageTable), (arrow_stream, ImageTable)]
+)
+def test_a_bad_network_changes_no_image(
+    make: Callable[[Path], RawSource],
+    kind: Callable[..., RawSource],
+    tmp_path: Path,
+    endpoint: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clean = list(make(tmp_path).read(0, len(LABELS)))
+    url = s3.upload(endpoint, tmp_path, tmp_path.name)
+    with FaultyProxy(endpoint, failing=0.3, stalling=0.01, seed=5) as proxy:
+        s3.use(monkeypatch, proxy.endpoint)
+        for _ in range(3):
+            assert list(kind(url, deadline_s=8).read(0, len(LABELS))) == clean
+        assert sum(count for fault, count in proxy.faults.items() if fault != "none") >= 3
+
+
+def test_images_in_a_tar_on_s3_take_few_requests(
+    tmp_path: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = {f"{i:03d}.{kind}": png(pixels(i)) if kind == "png" else b"0" for i in range(100) for kind in KINDS}
+    write_tar(tmp_path / "many.tar", members)
+    url = s3.upload(endpoint, tmp_path, "many")
+    with FaultyProxy(endpoint) as proxy:
+        s3.use(monkeypatch, proxy.endpoint)
+        source = ImageTars(f"{url}/many.tar")
+        assert [raw.content for raw in source.read(0, 64)] == [png(pixels(i)) for i in range(64)]
+        assert proxy.requests["GET /bucket/many/many.tar"] == 2  # to scan the headers, to read the images
+
+
+@pytest.mark.parametrize("place", [str, "s3"])
+def test_a_location_is_a_file_a_directory_or_a_glob(
+    place: Place | str, tmp_path: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.tar", "b.tar", "b.txt", "x/c.tar", "x/y/d.tar", "z.tar/e.tar"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    s3.use(monkeypatch, endpoint)
+    root = str(tmp_path) if place is str else s3.upload(endpoint, tmp_path, "locations")
+    for pattern, expected in {
+        "": ["a.tar", "b.tar"],
+        "/": ["a.tar", "b.tar"],
+        "/a.tar": ["a.tar"],
+        "/b.txt": ["b.txt"],
+        "/z.tar": ["e.tar"],
+        "/absent": [],
+        "/absent/*.tar": [],
+        "/[bc].tar": ["b.tar"],
+        "/?.t*": ["a.tar", "b.tar", "b.txt"],
+        "/*/*.tar": ["x/c.tar", "z.tar/e.tar"],
+        "/x/*/*.tar": ["y/d.tar"],
+        "/**/?.tar": ["a.tar", "b.tar", "x/c.tar", "x/y/d.tar", "z.tar/e.tar"],
+    }.items():
+        found, names = find_files(root + pattern, [".tar"], 5)
+        assert [name for name in names if found.size(name) is not None] == expected, pattern
 
 
 def test_the_id_of_a_folder_changes_with_its_files(tmp_path: Path) -> None:
@@ -131,8 +215,8 @@ def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
         ImageTable(tmp_path / "empty")
     with pytest.raises(DataError, match="must have the file"):
         IdxImages(tmp_path / "empty")
-    with pytest.raises(DataError, match="local path, received the s3: URL"):
-        ImageFolder("s3://bucket/tree")
+    with pytest.raises(DataError, match="local path, received the gs: URL"):
+        ImageFolder("gs://bucket/tree")
 
 
 def test_images_without_a_class_are_refused(tmp_path: Path) -> None:

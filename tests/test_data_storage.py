@@ -1,6 +1,7 @@
 """Locations and whole files."""
 
 import io
+import pickle
 import random
 import re
 import resource
@@ -131,6 +132,90 @@ def test_both_folders_behave_alike(folder: Folder, tmp_path: Path) -> None:
             read()
 
 
+def test_both_folders_read_from_any_place(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = random.Random(0).randbytes(100_000)
+    folder.write("deep/er/file", content)
+    monkeypatch.setattr(storage, "READ_AHEAD_BYTES", 1000)  # so that reads end within, at and after a request's bytes
+    with pickle.loads(pickle.dumps(folder)).open("deep/er/file") as file:
+        for start, length in ((0, 10), (5, 1500), (99_990, 100), (3000, 3000), (100_000, 1), (7, 0)):
+            file.seek(start)
+            assert file.read(length) == content[start : start + length]
+        file.seek(-10, io.SEEK_END)
+        assert file.read() == content[-10:]
+    with pytest.raises(StorageError, match=re.escape(f"Cannot read {folder.url}/absent: ")):
+        folder.open("absent")
+
+
+def test_reading_forward_takes_few_requests(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    with FaultyProxy(endpoint) as proxy:
+        s3.use(monkeypatch, proxy.endpoint)
+        folder = open_folder("s3://bucket/forward", deadline_s=5)
+        folder.write("file", bytes(10_000))
+        monkeypatch.setattr(storage, "READ_AHEAD_BYTES", 4000)
+        with folder.open("file") as file:
+            for _ in range(100):
+                file.seek(90, io.SEEK_CUR)
+                assert len(file.read(10)) == 10
+        assert proxy.requests["GET /bucket/forward/file"] == 3
+
+
+def test_both_folders_see_what_lies_deeper(folder: Folder) -> None:
+    assert (list(folder.walk()), list(folder.folders())) == ([], [])
+    for name in ("b/2", "b/1", "a-b/x", "a/c/d", "top"):
+        folder.write(name, b"")
+    assert list(folder.walk()) == ["a-b/x", "a/c/d", "b/1", "b/2", "top"]
+    assert list(folder.folders()) == ["a", "a-b", "b"]
+    assert list(folder.list()) == ["top"]
+    for name in ("a/c/d", "b/1", "absent"):
+        folder.remove(name)
+    assert list(folder.walk()) == ["a-b/x", "b/2", "top"]
+    assert list(folder.folders()) == ["a-b", "b"]
+
+
+@pytest.mark.parametrize("size", [0, 5 << 20, (11 << 20) + 1])
+def test_both_folders_take_and_copy_files_of_any_size(
+    size: int, folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "PART_BYTES", 5 << 20)  # the least that S3 takes
+    content = random.Random(size).randbytes(size)
+    folder.upload("up/loaded", io.BytesIO(content))
+    assert folder.read("up/loaded") == content
+    local = open_folder(tmp_path / "local")
+    local.copy(folder, "up/loaded", "a")
+    folder.copy(local, "a", "b")
+    folder.copy(folder, "b", "c")
+    assert folder.read("c") == content
+    assert list(folder.walk()) == ["b", "c", "up/loaded"]
+
+
+def test_an_upload_in_parts_survives_a_bad_network(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    monkeypatch.setattr(storage, "PART_BYTES", 5 << 20)
+    content = random.Random(0).randbytes(11 << 20)
+    with FaultyProxy(endpoint, failing=0.4, seed=2) as proxy:
+        s3.use(monkeypatch, proxy.endpoint)
+        for number in range(4):
+            open_folder("s3://bucket/parts", deadline_s=10).upload(f"{number}", io.BytesIO(content))
+        assert {"500", "reset", "cut"} <= proxy.faults.keys()
+    s3.use(monkeypatch, endpoint)
+    assert all(open_folder("s3://bucket/parts").read(f"{number}") == content for number in range(4))
+    assert "Uploads" not in s3.client(endpoint).list_multipart_uploads(Bucket=s3.BUCKET)
+
+
+def test_an_upload_that_ends_half_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell() >= 5 << 20:
+                raise OSError("the disk is gone")
+            return super().read(size)
+
+    monkeypatch.setattr(storage, "PART_BYTES", 5 << 20)
+    s3.use(monkeypatch, endpoint)
+    with pytest.raises(OSError, match="the disk is gone"):
+        open_folder("s3://bucket/half").upload("file", Broken(bytes(11 << 20)))
+    assert list(open_folder("s3://bucket/half").walk()) == []
+    assert "Uploads" not in s3.client(endpoint).list_multipart_uploads(Bucket=s3.BUCKET)
+
+
 def test_an_s3_folder_lists_pages_and_not_what_lies_deeper(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
     s3.use(monkeypatch, endpoint)
     plain = s3.client(endpoint)
@@ -139,7 +224,10 @@ def test_an_s3_folder_lists_pages_and_not_what_lies_deeper(monkeypatch: pytest.M
     for name in [*names, "deeper/file"]:
         plain.put_object(Bucket=s3.BUCKET, Key=f"pages/{name}", Body=b"x")
     plain.put_object(Bucket=s3.BUCKET, Key="pages-of-another/file", Body=b"x")
-    assert list(open_folder("s3://bucket/pages").list()) == names
+    folder = open_folder("s3://bucket/pages")
+    assert list(folder.list()) == names
+    assert list(folder.walk()) == [*names, "deeper/file"]
+    assert list(folder.folders()) == ["deeper"]
 
 
 @pytest.mark.parametrize("location", ["pipe:cat x", "http://host/x", "gs://bucket/x", "s3:///x", "s3://", "file:///x"])

@@ -83,6 +83,8 @@ def test_verify_accepts_a_whole_data_set(tmp_path: Path, capsys: pytest.CaptureF
         (["--source", "digits", "--out", "x", "--dtype", "bfloat16"], ConfigError, "npy format has no bfloat16"),
         (["--source", "digits", "--out", "x", "--autoencoder", "./no"], DataError, "but ./no is neither"),
         (["--source", "digits", "--out", "x", "--max-bad-fraction", "2"], DataError, r"must lie in \[0, 1\]"),
+        (["--source", "digits", "--out", "x", "--deadline-s", "5"], ConfigError, "no effect where nothing is on s3://"),
+        (["--source", "idx", "--input", "s3://b/x", "--out", "x", "--deadline-s", "0"], ConfigError, "must be above 0"),
         (["--source", "photos", "--out", "x"], ConfigError, "invalid choice: 'photos'"),
         (["--sources", "digits"], ConfigError, "--sources is not an option .* did you mean --source[?]"),
         (["index", "/nowhere"], DataError, "must hold tars, but /nowhere holds none"),

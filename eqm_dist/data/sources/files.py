@@ -1,0 +1,46 @@
+"""Which files a location stands for: one, those of a directory, or those that match a glob; local or on S3 alike."""
+
+import glob
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from eqm_dist.data.storage import Folder, LocalFolder, is_remote, local_path, open_folder, storage_errors
+
+
+def find_files(location: str, suffixes: Sequence[str], deadline_s: float) -> tuple[Folder, list[str]]:
+    """A folder and the names of the files in it that ``location`` stands for, in their order; none if there are none.
+
+    Args:
+        location: of a file; of a directory, for the files directly in it that end in one of ``suffixes``; or a glob,
+            in which ``**`` stands for any number of directories.
+        suffixes: with their dots.
+        deadline_s: how long S3 may fail before it is given up.
+
+    Raises:
+        DataError: a kind of URL that is not known.
+        StorageError: the storage cannot tell.
+    """
+    parts = (location if is_remote(location) else str(local_path(location))).rstrip("/").split("/")
+    first = next((at for at, part in enumerate(parts) if glob.has_magic(part)), None)
+    if first is None:
+        directory = open_folder("/".join(parts), deadline_s=deadline_s)
+        names = [name for name in directory.list() if name.endswith(tuple(suffixes))]
+        if names or (is_remote(location) and len(parts) == len(["s3:", "", "BUCKET"])):
+            return directory, names
+        folder = open_folder("/".join(parts[:-1]) or "/", deadline_s=deadline_s)
+        return folder, parts[-1:] if folder.size(parts[-1]) is not None else []
+    folder, pattern = open_folder("/".join(parts[:first]) or "/", deadline_s=deadline_s), parts[first:]
+    if isinstance(folder, LocalFolder):  # which need not look into every directory
+        with storage_errors("list", folder.url):
+            return folder, sorted(glob.glob("/".join(pattern), root_dir=folder.url, recursive=True))
+    names = folder.walk() if "**" in pattern or len(pattern) > 1 else folder.list()
+    return folder, [name for name in names if _matches(name.split("/"), pattern)]
+
+
+def _matches(name: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the parts of a name match those of a glob."""
+    if not pattern:
+        return not name
+    if pattern[0] == "**":
+        return _matches(name, pattern[1:]) or (bool(name) and _matches(name[1:], pattern))
+    return bool(name) and fnmatchcase(name[0], pattern[0]) and _matches(name[1:], pattern[1:])
