@@ -1,8 +1,6 @@
-"""Features of images, for the distances of ``metrics``.
+"""Features from a small classifier: the one of 8x8 handwritten digits that ships, or one of other images.
 
-An extractor is any ``torch.nn.Module`` with an integer ``num_features`` that maps images (uint8 ``[B, H, W, C]``) to
-features (``[B, num_features]``). Here it is a small classifier: the one of 8x8 handwritten digits that ships, or one
-that ``train_classifier`` made for other images.
+One extractor among others (``extractors``), for images that Inception was not made for.
 """
 
 import hashlib
@@ -34,6 +32,8 @@ class ImageClassifier(nn.Module):
     """
 
     num_features = 48
+    id: str | None = None
+    """Names the weights, once they are those of a file."""
 
     def __init__(self, image_shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
@@ -118,4 +118,5 @@ def _classifier(content: bytes) -> ImageClassifier:
     metadata = header["__metadata__"]
     classifier = ImageClassifier(tuple(json.loads(metadata["image_shape"])), int(metadata["num_classes"]))
     classifier.load_state_dict(load(content))
+    classifier.id = f"classifier (weights {hashlib.sha256(content).hexdigest()[:16]})"
     return classifier.eval().requires_grad_(False)
