@@ -36,7 +36,7 @@ from eqm_dist.data.order import MixedOrder, SampleOrder
 from eqm_dist.data.storage import DEADLINE_S, is_remote, local_path
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.evaluator import Evaluator
-from eqm_dist.evaluate.features import ImageClassifier, load_classifier, load_digit_classifier
+from eqm_dist.evaluate.extractors import load_extractor
 from eqm_dist.models.autoencoder import Autoencoder, IdentityAutoencoder, load_autoencoder
 from eqm_dist.models.sit import SiT
 from eqm_dist.models.sizes import SIZES, forward_macs, parameter_count, training_flops_per_image
@@ -421,7 +421,7 @@ def build_evaluator(
         evaluations=evaluation.sampler.evaluations,
         autoencoder=autoencoder,
         reader=reader,
-        extractor=load_extractor(evaluation.extractor).to(device),
+        extractor=load_extractor(evaluation.extractor, evaluation.extractor_weights).to(device),
         samples=evaluation.samples,
         batch=evaluation.batch,
         columns=evaluation.grid_columns,
@@ -431,11 +431,6 @@ def build_evaluator(
         world=world_size(),
         all_reduce_sum=all_reduce_sum,
     )
-
-
-def load_extractor(name: str) -> ImageClassifier:
-    """The feature extractor of a config."""
-    return load_digit_classifier() if name == "digits" else load_classifier(name)
 
 
 def _build_tracker(opened: OpenRun, resume_step: int) -> CompositeTracker:

@@ -361,7 +361,10 @@ class EvaluationConfig(Section):
     grid_columns: PositiveInt = 10
     """Images per class in the picture of samples."""
     extractor: Annotated[str, Field(min_length=1)] = "digits"
-    """Classifier whose features the FID compares: digits, or a file of pipelines/train_classifier.py."""
+    """What makes the features that the FID compares: digits, inception, dinov2-vit-{s,b,l,g}-14, a file of
+    pipelines/train_classifier.py, or module:factory."""
+    extractor_weights: str | None = None
+    """File with the weights of inception; default: fetched at first use; inception only."""
     sampler: SamplerConfig = SamplerConfig()
     """How the images are drawn."""
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 import yaml
 
-from eqm_dist.build import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, OpenRun, build_autoencoder, load_extractor, runs_root
+from eqm_dist.build import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, OpenRun, build_autoencoder, runs_root
 from eqm_dist.config import RESUMABLE_KEYS, Config, dump, flatten, parse, to_yaml, with_overrides
 from eqm_dist.data.manifest import Manifest, read_manifest
 from eqm_dist.data.shards import digits_shards
 from eqm_dist.data.storage import DEADLINE_S, atomic_write, is_remote, local_path, open_folder, storage_errors
 from eqm_dist.errors import ConfigError, DataError
+from eqm_dist.evaluate.extractors import is_file_name, load_extractor
 from eqm_dist.track.mlflow import MlflowRun, default_uri
 from eqm_dist.track.mlflow import open_run as open_mlflow_run
 from eqm_dist.train.checkpoint import Checkpoints, read_marker
@@ -63,8 +64,10 @@ def _with_absolute_locations(config: Config, root: Path, embedded: Path) -> Conf
         overrides["data.shards"] = absolute(config.data.shards or str(embedded))
     if config.data.cache_dir is not None:
         overrides["data.cache_dir"] = str(local_path(config.data.cache_dir))
-    if config.evaluation.extractor != "digits":
+    if is_file_name(config.evaluation.extractor):
         overrides["evaluation.extractor"] = str(local_path(config.evaluation.extractor))
+    if config.evaluation.extractor_weights is not None:
+        overrides["evaluation.extractor_weights"] = str(local_path(config.evaluation.extractor_weights))
     return with_overrides(config, overrides)
 
 
@@ -91,7 +94,7 @@ def _check_data(config: Config, manifest: Manifest, location: str) -> None:
     if config.evaluation.every:
         # A decoder that is gone, or an extractor of other images, fails now and not at the first evaluation.
         image = build_autoencoder(manifest).decode(torch.zeros(1, *manifest.latent_shape))
-        load_extractor(config.evaluation.extractor)(image)
+        load_extractor(config.evaluation.extractor, config.evaluation.extractor_weights)(image)
 
 
 def _check_same_run(config: Config, directory: Path, manifests: Mapping[str, Manifest]) -> None:

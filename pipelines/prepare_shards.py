@@ -47,9 +47,7 @@ def prepare(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--source", choices=SOURCES, help="; ".join(f"{kind}: {text}" for kind, text in SOURCES.items())
     )
-    parser.add_argument(
-        "--input", metavar="INPUT", help="where the images are, here or on s3://; not for digits"
-    )
+    parser.add_argument("--input", metavar="INPUT", help="where the images are, here or on s3://; not for digits")
     parser.add_argument("--out", metavar="DIR", help="directory or s3:// prefix for the shards; made if absent")
     parser.add_argument(
         "--staging", metavar="DIR", help="local or shared directory where shards for an s3:// --out are written first"

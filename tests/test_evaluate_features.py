@@ -109,5 +109,5 @@ def test_another_kind_of_file_is_refused(tmp_path):
     path = tmp_path / "weights"
     path.write_bytes(b"0" * 100)
     for name in (path, tmp_path / "absent"):
-        with pytest.raises(DataError, match=r"evaluation.extractor must be digits or a file"):
+        with pytest.raises(DataError, match="cannot be read as one"):
             load_classifier(str(name))

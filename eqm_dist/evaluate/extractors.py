@@ -54,11 +54,16 @@ def load_extractor(name: str, weights: str | None = None) -> nn.Module:
         extractor = Inception(_inception_weights(weights))
     elif name in DINOV2:
         extractor = Dino(name)
-    elif ":" in name:
-        extractor = _of_factory(name)
-    else:
+    elif is_file_name(name):
         extractor = load_classifier(name)
+    else:
+        extractor = _of_factory(name)
     return extractor.eval().requires_grad_(False)
+
+
+def is_file_name(name: str) -> bool:
+    """Whether an extractor's name is that of a file, and so depends on the directory that it is read in."""
+    return name not in ("digits", INCEPTION, *DINOV2) and ":" not in name
 
 
 class Inception(nn.Module):

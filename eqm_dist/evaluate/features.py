@@ -92,8 +92,9 @@ def load_classifier(path: str) -> ImageClassifier:
         return _classifier(Path(path).read_bytes())
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise DataError(
-            "evaluation.extractor must be digits or a file of `python pipelines/train_classifier.py`, and"
-            f" {path} cannot be read as one ({' '.join(str(error).split())[:200]}); write it, or correct the path."
+            "An extractor must be digits, inception, dinov2-vit-l-14 (or s, b, g), module:factory or a file of `python"
+            f" pipelines/train_classifier.py`, and {path} cannot be read as one"
+            f" ({' '.join(str(error).split())[:200]}); write it, or correct the path."
         ) from error
 
 
