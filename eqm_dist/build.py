@@ -18,6 +18,7 @@ from eqm_dist.config import (
     Config,
     DecayConfig,
     SamplerConfig,
+    require_matching_sampler,
     to_yaml,
 )
 from eqm_dist.core.corruption import Path as GammaPath
@@ -25,9 +26,19 @@ from eqm_dist.core.corruption import SelfStoppingPath, constant_pace
 from eqm_dist.core.decay import ConstantDecay, Decay, LinearDecay, PiecewiseDecay, TruncatedDecay, divergence_bound
 from eqm_dist.core.dispersive import Dispersed
 from eqm_dist.core.energy import ExplicitEnergy, of_energy
-from eqm_dist.core.guidance import guided
-from eqm_dist.core.objective import ConditionalField, eqm_loss, flow_matching_loss
-from eqm_dist.core.samplers import GradientDescent, NesterovGradientDescent, Sampler
+from eqm_dist.core.guidance import TimedField, blind_to_time, guided
+from eqm_dist.core.objective import eqm_loss, flow_matching_loss
+from eqm_dist.core.ode import Dopri5, Euler, Heun
+from eqm_dist.core.samplers import (
+    Adam,
+    BacktrackingStep,
+    ConstantStep,
+    DecayingStep,
+    GradientDescent,
+    NesterovGradientDescent,
+    Sampler,
+)
+from eqm_dist.core.sampling import GradientNormStop
 from eqm_dist.core.weighting import MinSnrWeighting, RelativeWeighting, Weighting, weighted
 from eqm_dist.data.cache import FileCache
 from eqm_dist.data.loader import JoinedReader, Loader, ShardReader
@@ -58,6 +69,8 @@ METRICS_FILE = "metrics.jsonl"
 
 CHECKPOINTS = "checkpoints"
 DISPERSIVE_GROUP = 32
+
+DEFAULT_STEP_SIZE = 0.003
 
 
 @dataclass(frozen=True)
@@ -205,18 +218,47 @@ def build_decay(decay: DecayConfig) -> Decay:
     return PiecewiseDecay(start, 1.4 if decay.decay_value is None else decay.decay_value, decay.gradient_scale)
 
 
-def build_sampler(sampler: SamplerConfig) -> Sampler[Any]:
-    """The descent method of the config."""
+def build_sampler(sampler: SamplerConfig) -> Sampler:
+    """The method of the config."""
+    step_size, horizon = sampler.step_size or DEFAULT_STEP_SIZE, sampler.horizon or 1.0
+    if sampler.name == "euler":
+        return Euler(horizon)
+    if sampler.name == "heun":
+        return Heun(horizon)
+    if sampler.name == "dopri5":
+        return Dopri5(horizon, sampler.rtol or 1e-3, sampler.atol or 1e-6)
+    decaying = DecayingStep(sampler.final_step_size or step_size / 10) if sampler.step_policy == "decay" else None
+    if sampler.name == "adam":
+        return Adam(step_size, decaying or ConstantStep())
+    policy = decaying or (BacktrackingStep() if sampler.step_policy == "backtracking" else ConstantStep())
     if sampler.name == "gd":
-        return GradientDescent(sampler.step_size)
-    return NesterovGradientDescent(sampler.step_size, 0.3 if sampler.momentum is None else sampler.momentum)
+        return GradientDescent(step_size, policy)
+    return NesterovGradientDescent(step_size, 0.3 if sampler.momentum is None else sampler.momentum, policy)
 
 
-def build_field(config: Config, model: nn.Module, null_label: int) -> ConditionalField:
-    """The field that samplers descend: the model, or minus the gradient of its energy, guided if so configured."""
+def build_stop(sampler: SamplerConfig) -> GradientNormStop | None:
+    """The stopping rule of the config, if it has one."""
+    if sampler.stop_norm is None and sampler.stop_ratio is None:
+        return None
+    return GradientNormStop(sampler.stop_norm, sampler.stop_ratio)
+
+
+def build_field(config: Config, model: nn.Module, null_label: int) -> TimedField:
+    """What samplers follow: the model, or minus the gradient of its energy, guided if so configured.
+
+    Raises:
+        ConfigError: the sampler cannot follow a field of this objective.
+    """
+    require_matching_sampler(config.objective, config.evaluation.sampler)
     sampler = config.evaluation.sampler
     field = model if config.objective.energy == "none" else ExplicitEnergy(model, config.objective.energy)
-    return guided(field, cfg_scale=sampler.cfg_scale, null_label=null_label, guided_channels=sampler.guided_channels)
+    return guided(
+        field if config.objective.kind == "flow_matching" else blind_to_time(field),
+        cfg_scale=sampler.cfg_scale,
+        null_label=null_label,
+        guided_channels=sampler.guided_channels,
+        interval=sampler.guidance_interval,
+    )
 
 
 def build_autoencoder(manifest: Manifest) -> Autoencoder:
@@ -290,8 +332,10 @@ def derived_numbers(config: Config) -> dict[str, str]:
 def step_size_warning(config: Config) -> str | None:
     """A sentence if the configured descent cannot come to rest near data, else None (docs/decisions/0001)."""
     bound, what_happens = _step_size_bound(config)
-    step_size = config.evaluation.sampler.step_size
-    if not config.evaluation.every or bound is None or step_size <= bound:
+    sampler = config.evaluation.sampler
+    step_size = sampler.step_size or DEFAULT_STEP_SIZE
+    constant = sampler.name in ("gd", "nag") and sampler.step_policy in (None, "constant")
+    if not config.evaluation.every or bound is None or not constant or step_size <= bound:
         return None
     return (
         f"evaluation.sampler.step_size={step_size:g} is above {bound:.4g}, where descent {what_happens};"
@@ -419,6 +463,7 @@ def build_evaluator(
         field=build_field(config, model, config.data.num_classes),
         sampler=build_sampler(evaluation.sampler),
         evaluations=evaluation.sampler.evaluations,
+        stop=build_stop(evaluation.sampler),
         autoencoder=autoencoder,
         reader=reader,
         extractor=load_extractor(evaluation.extractor, evaluation.extractor_weights).to(device),

@@ -324,29 +324,97 @@ class CheckpointConfig(Section):
     """Number of newest checkpoints to keep."""
 
 
-class SamplerConfig(Section):
-    """How samples are drawn: descent from noise along the field (paper Eqs. 8 and 9)."""
+DESCENTS = ("gd", "nag", "adam")
+INTEGRATORS = ("euler", "heun", "dopri5")
 
-    name: Literal["gd", "nag"] = "gd"
-    """Gradient descent, or its Nesterov form with look-ahead."""
-    step_size: Positive = 0.003
-    """eta, the step size."""
+
+class SamplerConfig(Section):
+    """How samples are drawn: descent along the field (paper Eqs. 8 and 9), or integration of dx/dt = field."""
+
+    name: Literal["gd", "nag", "adam", "euler", "heun", "dopri5"] = "gd"
+    """Gradient descent, its Nesterov form with look-ahead, Adam; or Euler's, Heun's, Dormand and Prince's method."""
+    step_size: Positive | None = None
+    """eta, the step size; default 0.003; gd, nag and adam only."""
+    step_policy: Literal["constant", "decay", "backtracking"] | None = None
+    """Constant (the default), falling geometrically, or halved where the field's norm rises (gd and nag only)."""
+    final_step_size: Positive | None = None
+    """Where the step size falls to; default a tenth of step_size; step_policy=decay only."""
     momentum: Fraction | None = None
     """mu, the look-ahead; default 0.3; nag only."""
     evaluations: PositiveInt = 249
-    """Field evaluations per sample (the official "250 steps" are 249)."""
+    """Field evaluations per sample (the official "250 steps" are 249); with stop_* or dopri5 the most of them."""
+    stop_norm: Positive | None = None
+    """Stop a sample once its field's norm (root mean square over dimensions) is below this; gd, nag and adam only."""
+    stop_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Stop a sample once that norm is below this part of what it was at the start; gd, nag and adam only."""
+    horizon: Positive | None = None
+    """For how long the field is followed; euler, heun and dopri5 only. Fixed to 1 by flow_matching; else needed."""
+    rtol: Positive | None = None
+    """Relative tolerance of a step; default 1e-3; dopri5 only."""
+    atol: Positive | None = None
+    """Absolute tolerance of a step; default 1e-6; dopri5 only."""
     cfg_scale: Annotated[float, Field(ge=0)] = 1.0
     """Classifier-free guidance; 1 is none."""
     guided_channels: PositiveInt | None = None
     """Guide the first channels only; default all (the official figures use 3 of 4)."""
+    guidance_interval: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] | None = None
+    """Guide from one part of the way to another, [0,1] being all: of the evaluations, or of an integrator's time."""
 
     @model_validator(mode="after")
     def _only_what_takes_effect(self) -> Self:
-        if self.momentum is not None and self.name != "nag":
-            raise ValueError(f"momentum has no effect on {self.name}; use name=nag or set it to null")
-        if self.guided_channels is not None and self.cfg_scale == 1:
-            raise ValueError("guided_channels has no effect with cfg_scale=1; leave it out or raise cfg_scale")
+        takers = {
+            "step_size": DESCENTS,
+            "step_policy": DESCENTS,
+            "momentum": ("nag",),
+            "stop_norm": DESCENTS,
+            "stop_ratio": DESCENTS,
+            "horizon": INTEGRATORS,
+            "rtol": ("dopri5",),
+            "atol": ("dopri5",),
+        }
+        for key, names in takers.items():
+            if getattr(self, key) is not None and self.name not in names:
+                raise ValueError(f"{key} has no effect on {self.name}; use name={' or '.join(names)} or set it to null")
+        if self.step_policy == "backtracking" and self.name == "adam":
+            raise ValueError(
+                "step_policy=backtracking judges steps along the field, which adam's are not; use gd or nag"
+            )
+        if self.final_step_size is not None and self.step_policy != "decay":
+            raise ValueError("final_step_size has no effect without step_policy=decay; set one or the other")
+        if self.name == "heun" and self.evaluations % 2:
+            raise ValueError(
+                f"evaluations={self.evaluations} must be even for heun, whose steps take two; change it by 1"
+            )
+        for key in ("guided_channels", "guidance_interval"):
+            if getattr(self, key) is not None and self.cfg_scale == 1:
+                raise ValueError(f"{key} has no effect with cfg_scale=1; leave it out or raise cfg_scale")
+        if self.guidance_interval is not None and self.guidance_interval[0] >= self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval must rise, got {list(self.guidance_interval)}; [0,1] is all the way")
         return self
+
+
+def require_matching_sampler(objective: ObjectiveConfig, sampler: SamplerConfig) -> None:
+    """Refuse a sampler that cannot follow the objective's field.
+
+    Raises:
+        ConfigError: it descends a field that knows time, or the time to integrate over is missing or given twice.
+    """
+    key, integrates = "evaluation.sampler", sampler.name in INTEGRATORS
+    if objective.kind == "flow_matching" and not integrates:
+        raise ConfigError(
+            f"{key}.name={sampler.name} descends a field that is blind to time, which objective.kind=flow_matching is"
+            f" not; use {key}.name=euler, heun or dopri5, and set step_size, momentum and the like to null."
+        )
+    if objective.kind == "flow_matching" and sampler.horizon is not None:
+        raise ConfigError(
+            f"{key}.horizon={sampler.horizon:g} has no effect on objective.kind=flow_matching, whose time ends at 1;"
+            " leave it out."
+        )
+    if objective.kind != "flow_matching" and integrates and sampler.horizon is None:
+        raise ConfigError(
+            f"{key}.horizon must be given for {key}.name={sampler.name} with objective.kind={objective.kind}, whose"
+            " field knows no time; step_size * evaluations of a good descent is a start."
+        )
 
 
 class EvaluationConfig(Section):
@@ -427,11 +495,11 @@ class Config(Section):
                 f"objective.energy={self.objective.energy} differentiates the model inside its loss, when ZeRO stage 3"
                 " has given the weights away again; use engine.zero_stage 0, 1 or 2"
             )
-        if self.objective.kind == "flow_matching" and self.evaluation.every:
-            raise ValueError(
-                "evaluation descends a field that is blind to time, which objective.kind=flow_matching is not;"
-                " set evaluation.every=0"
-            )
+        if self.evaluation.every:
+            try:
+                require_matching_sampler(self.objective, self.evaluation.sampler)
+            except ConfigError as error:
+                raise ValueError(str(error).removesuffix(".")) from None
         if self.data.mix and self.evaluation.every:
             raise ValueError("evaluation compares with one data set, and data.mix has several; set evaluation.every=0")
         if self.launch.launcher == "local" and self.engine.kind == "deepspeed":

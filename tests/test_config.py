@@ -46,6 +46,12 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 some_overrides = st.fixed_dictionaries({}, optional=VALUES)
 
 
+def sampler(name: str, **options: Any) -> dict[str, Any]:
+    """Overrides for another sampler than the preset's."""
+    values = {"name": name, "step_size": None, "momentum": None, **options}
+    return {f"evaluation.sampler.{key}": value for key, value in values.items()}
+
+
 # --- there and back ---
 
 
@@ -125,8 +131,11 @@ def test_a_key_with_an_unknown_parent_is_unknown(key: str) -> None:
 
 
 def test_a_letter_left_out_is_always_found() -> None:
-    typos = [(key[:at] + key[at + 1 :], key) for key in KEYS for at in range(key.rindex(".") + 1, len(key))]
-    assert [typo for typo, key in typos if suggestion(typo, KEYS) != f"did you mean {key}?"] == []
+    meant: dict[str, list[str]] = {}  # rtol and atol are two: either is found
+    for key in KEYS:
+        for at in range(key.rindex(".") + 1, len(key)):
+            meant.setdefault(key[:at] + key[at + 1 :], []).append(f"did you mean {key}?")
+    assert [typo for typo, keys in meant.items() if suggestion(typo, KEYS) not in keys] == []
 
 
 # --- wrong values ---
@@ -233,7 +242,22 @@ def test_one_sentence_for_several_wrong_values() -> None:
         ({"data.latent_shape": [1, 8, 6]}, "latents must be square with a side that is a multiple of"),
         ({"data.latent_shape": [1, 9, 9]}, "multiple of model.patch_size=2, got data.latent_shape=[1, 9, 9]"),
         ({"objective.energy": "l2"}, "objective.energy=l2 cannot start from a zero output layer"),
-        ({"objective.kind": "flow_matching"}, "evaluation descends a field that is blind to time"),
+        ({"objective.kind": "flow_matching"}, "name=nag descends a field that is blind to time"),
+        (
+            {"objective.kind": "flow_matching", **sampler("euler", horizon=1.0)},
+            "horizon=1 has no effect on objective.kind=flow_matching",
+        ),
+        (sampler("dopri5"), "horizon must be given for evaluation.sampler.name=dopri5 with objective.kind=eqm"),
+        (sampler("euler", step_size=0.1), "step_size has no effect on euler; use name=gd or nag or adam"),
+        (sampler("heun", stop_norm=0.1), "stop_norm has no effect on heun"),
+        (sampler("heun", horizon=1.0, evaluations=25), "evaluations=25 must be even for heun"),
+        (sampler("euler", horizon=1.0, rtol=1e-3), "rtol has no effect on euler; use name=dopri5"),
+        (sampler("gd", horizon=1.0), "horizon has no effect on gd"),
+        (sampler("gd", atol=1.0), "atol has no effect on gd"),
+        (sampler("gd", final_step_size=0.1), "final_step_size has no effect without step_policy=decay"),
+        (sampler("adam", step_policy="backtracking"), "step_policy=backtracking judges steps along the field"),
+        (sampler("gd", guidance_interval=[0.0, 0.5]), "guidance_interval has no effect with cfg_scale=1"),
+        (sampler("gd", guidance_interval=[0.5, 0.5], cfg_scale=2.0), "guidance_interval must rise, got [0.5, 0.5]"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(overrides: dict[str, Any], fragment: str) -> None:
@@ -241,6 +265,12 @@ def test_options_that_contradict_each_other_are_refused(overrides: dict[str, Any
         with_overrides(digits(), overrides, "run.yaml")
     assert str(raised.value).endswith(" (run.yaml).")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dopri5"])
+def test_flow_matching_is_evaluated_by_integration(name: str) -> None:
+    config = with_overrides(digits(), {"objective.kind": "flow_matching", **sampler(name)})
+    assert config.evaluation.every
 
 
 # --- files ---

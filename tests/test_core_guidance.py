@@ -36,6 +36,33 @@ def test_one_call_on_the_doubled_batch_and_no_doubling_at_scale_one(cfg_scale: f
     assert seen == sizes
 
 
+@pytest.mark.parametrize("channels", [None, 2])
+def test_guidance_within_an_interval_doubles_only_the_samples_inside(channels: int | None) -> None:
+    seen = []
+
+    def timed(x: torch.Tensor, labels: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return field(x, labels) + time[:, None, None, None]
+
+    def guide(interval: tuple[float, float] | None):
+        return guided(timed, cfg_scale=2.0, null_label=NULL, guided_channels=channels, interval=interval)
+
+    time = torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64)
+    everywhere, nowhere = guide(None)(X, LABELS, time), timed(X, LABELS, time)
+    seen.clear()
+    some = guide((0.2, 0.9))(X, LABELS, time)
+    assert seen == [4]
+    assert torch.equal(some, torch.stack([nowhere[0], everywhere[1], nowhere[2]]))
+    assert torch.equal(guide((0.0, 1.0))(X, LABELS, time), everywhere)
+    assert torch.equal(guide((0.6, 0.7))(X, LABELS, time), nowhere)
+
+
+@pytest.mark.parametrize("interval", [(0.5, 0.5), (-0.1, 0.5), (0.5, 1.1)])
+def test_an_interval_out_of_range_is_refused(interval: tuple[float, float]) -> None:
+    with pytest.raises(ConfigError, match="interval"):
+        guided(field, cfg_scale=2.0, null_label=NULL, interval=interval)
+
+
 @pytest.mark.parametrize("cfg_scale", [-1.0, float("inf"), float("nan")])
 def test_a_scale_out_of_range_is_refused(cfg_scale: float) -> None:
     with pytest.raises(ConfigError, match="cfg_scale"):

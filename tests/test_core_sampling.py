@@ -7,8 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eqm_dist.core.samplers import Field, GradientDescent, NesterovGradientDescent, Sampler
-from eqm_dist.core.sampling import sample
+from eqm_dist.core.samplers import (
+    Adam,
+    BacktrackingStep,
+    DecayingStep,
+    Field,
+    GradientDescent,
+    NesterovGradientDescent,
+    Sampler,
+)
+from eqm_dist.core.sampling import GradientNormStop, in_order, sample, sample_queue
 from eqm_dist.errors import ConfigError
 
 START = torch.tensor([[1.0, -2.0], [0.5, 4.0], [0.0, -1.0]], dtype=torch.float64)
@@ -47,8 +55,117 @@ def test_nesterov_without_momentum_is_gradient_descent() -> None:
     assert torch.equal(sample(torch.cos, START, NesterovGradientDescent(0.1, 0.0), 7).samples, plain.samples)
 
 
-@pytest.mark.parametrize("sampler", [GradientDescent(0.1), NesterovGradientDescent(0.1, 0.3)])
-def test_evaluations_are_counted_where_they_happen(sampler: Sampler[Any]) -> None:
+def test_the_samplers_are_their_equations_to_the_last_bit() -> None:
+    start = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    x, step = start, torch.zeros_like(start)
+    for _ in range(20):
+        step = 0.1 * torch.cos(x + 0.3 * step)
+        x = x + step
+    assert torch.equal(sample(torch.cos, start, NesterovGradientDescent(0.1, 0.3), 20).samples, x)
+
+
+@given(first=st.floats(0.01, 1.0), last=st.floats(0.001, 1.0), evaluations=st.integers(1, 20))
+def test_a_decaying_step_on_a_quadratic(first: float, last: float, evaluations: int) -> None:
+    sizes = np.geomspace(first, last, evaluations + 1)[:-1]
+    result = sample(quadratic(0.7), START, GradientDescent(first, DecayingStep(last)), evaluations)
+    torch.testing.assert_close(result.samples, float(np.prod(1 - 0.7 * sizes)) * START, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.3])
+def test_backtracking_halves_each_samples_step_until_it_descends(momentum: float) -> None:
+    curvature = torch.tensor(
+        [[1.0], [6.0], [30.0]], dtype=torch.float64
+    )  # 2 / 30 is the largest stable step of the last
+
+    def field(x: torch.Tensor) -> torch.Tensor:
+        return -curvature * x
+
+    constant = sample(field, START, NesterovGradientDescent(0.4, momentum), 60).samples
+    assert (constant[1:].abs() > 1e3).any(1).all()
+    policy = BacktrackingStep(rise=0.0)
+    careful = sample(field, START, NesterovGradientDescent(0.4, momentum, policy), 60)
+    assert careful.nfe.tolist() == [60] * 3
+    assert (careful.samples.abs() < 1e-4).all()
+    torch.testing.assert_close(careful.samples[0], constant[0], rtol=0, atol=0)  # nothing to take back
+
+
+def test_backtracking_takes_the_step_back_before_it_tries_a_shorter_one() -> None:
+    # Curvature 6, step 0.4: the first step multiplies x by -1.4, which is taken back; 0.2 multiplies it by -0.2.
+    result = sample(quadratic(6), START, GradientDescent(0.4, BacktrackingStep(rise=0.0)), 2)
+    torch.testing.assert_close(result.samples, -0.2 * START, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("evaluations", [1, 7, 40])
+def test_adam_is_that_of_torch(evaluations: int) -> None:
+    x = START.clone().requires_grad_()
+    optimizer = torch.optim.Adam([x], lr=0.05)
+    for _ in range(evaluations):
+        x.grad = -torch.cos(x.detach())
+        optimizer.step()
+    result = sample(torch.cos, START, Adam(0.05), evaluations)
+    torch.testing.assert_close(result.samples, x.detach(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "stop", [GradientNormStop(norm=0.01), GradientNormStop(ratio=0.01), GradientNormStop(norm=0.01, ratio=0.001)]
+)
+def test_a_sample_stops_at_the_first_field_below_the_limit(stop: GradientNormStop) -> None:
+    start = torch.tensor([[1.0, 1.0], [8.0, -8.0], [0.5, 0.5], [1e4, 1e4]], dtype=torch.float64)
+    shrink = 1 - 0.2
+    result = sample(quadratic(1.0), start, GradientDescent(0.2), 50, stop)
+    # Evaluation k + 1 sees shrink^k times the start, whose root mean square is that of either coordinate.
+    first = start[:, 0].abs().numpy()
+    limit = np.maximum(stop.norm or 0, (stop.ratio or 0) * first)
+    expected = np.minimum(50, 2 + np.floor(np.log(limit / first) / np.log(shrink)))
+    assert result.nfe.tolist() == expected.tolist()
+    assert result.complete.tolist() == (expected < 50).tolist()
+    for row, nfe in enumerate(result.nfe.tolist()):  # and is then what a fixed schedule of so many evaluations gives
+        fixed = sample(quadratic(1.0), start, GradientDescent(0.2), nfe).samples
+        assert torch.equal(result.samples[row], fixed[row])
+
+
+@pytest.mark.parametrize("sampler", [GradientDescent(0.2), NesterovGradientDescent(0.2, 0.3), Adam(0.05)])
+@given(slots=st.integers(1, 12), order=st.permutations(range(9)))
+def test_slots_are_refilled_and_change_no_sample(sampler: Sampler, slots: int, order: list[int]) -> None:
+    starts = torch.linspace(0.1, 30, 9, dtype=torch.float64)[:, None] * torch.tensor([1.0, -1.0], dtype=torch.float64)
+    stop = GradientNormStop(norm=0.5)
+    sizes, started = [], []
+
+    def field(x: torch.Tensor, rows: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x))
+        assert len(x) == slots or len(started) == len(order)  # no slot is idle while some wait
+        assert torch.equal(x.sign(), starts[rows].sign()) or isinstance(sampler, Adam)  # rows stay with their samples
+        return -x * (1 + rows[:, None] % 3)
+
+    def start(rows: torch.Tensor) -> torch.Tensor:
+        started.extend(rows.tolist())
+        return starts[rows]
+
+    parts = list(sample_queue(field, start, torch.tensor(order), sampler, 30, slots=slots, stop=stop))
+    result = in_order(parts)
+    assert started == order  # each once, in the order of the queue
+    assert sum(sizes) == result.nfe.sum()  # an evaluation of the field for every count, none of a sample that has ended
+    alone = [
+        in_order(list(sample_queue(field, starts.__getitem__, torch.tensor([row]), sampler, 30, slots=1, stop=stop)))
+        for row in range(9)
+    ]
+    assert torch.equal(result.samples, torch.cat([one.samples for one in alone]))
+    assert torch.equal(result.nfe, torch.cat([one.nfe for one in alone]))
+
+
+def test_time_is_the_part_of_the_evaluations_that_lies_behind() -> None:
+    times = []
+
+    def field(x: torch.Tensor, rows: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        times.append(time.tolist())
+        return -x
+
+    list(sample_queue(field, START.__getitem__, torch.arange(3), GradientDescent(0.1), 4, slots=3))
+    assert times == [[part] * 3 for part in (0.0, 0.25, 0.5, 0.75)]
+
+
+@pytest.mark.parametrize("sampler", [GradientDescent(0.1), NesterovGradientDescent(0.1, 0.3), Adam(0.1)])
+def test_evaluations_are_counted_where_they_happen(sampler: Sampler) -> None:
     sizes = []
 
     def field(x: torch.Tensor) -> torch.Tensor:
@@ -68,6 +185,12 @@ def test_sampling_records_no_graph_and_leaves_the_start_alone() -> None:
     assert torch.equal(start, START)
 
 
+def queue(**options: Any) -> list[Any]:
+    field: Any = torch.cos
+    rows = torch.arange(len(START))
+    return list(sample_queue(field, START.__getitem__, rows, GradientDescent(0.1), 3, **{"slots": 3, **options}))
+
+
 def test_each_sample_goes_its_own_way() -> None:
     whole = sample(torch.cos, START, NesterovGradientDescent(0.1, 0.3), 9).samples
     alone = [sample(torch.cos, row[None], NesterovGradientDescent(0.1, 0.3), 9).samples for row in START]
@@ -83,6 +206,14 @@ def test_each_sample_goes_its_own_way() -> None:
         (lambda: NesterovGradientDescent(0.1, 1.0), "momentum"),
         (lambda: NesterovGradientDescent(0.1, -0.1), "momentum"),
         (lambda: sample(torch.cos, START, GradientDescent(0.1), 0), "evaluations"),
+        (lambda: Adam(0.0), "step_size"),
+        (lambda: DecayingStep(0.0), "final_step_size"),
+        (lambda: BacktrackingStep(-0.1), "rise"),
+        (lambda: GradientNormStop(), "norm, ratio or both"),
+        (lambda: GradientNormStop(norm=0.0), "norm"),
+        (lambda: GradientNormStop(ratio=1.0), "ratio"),
+        (lambda: queue(slots=0), "slots"),
+        (lambda: queue(start_time=0.5), "start_time"),
     ],
 )
 def test_parameters_out_of_range_are_refused(make: Callable[[], object], name: str) -> None:

@@ -5,7 +5,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eqm_dist import rng
+from eqm_dist.core.corruption import corrupt
+from eqm_dist.core.guidance import blind_to_time
+from eqm_dist.core.ode import Euler
 from eqm_dist.core.samplers import GradientDescent, NesterovGradientDescent
+from eqm_dist.core.sampling import GradientNormStop
 from eqm_dist.evaluate.generate import Generated, balanced_labels, generate
 from eqm_dist.models import SiT
 from eqm_dist.models.autoencoder import IdentityAutoencoder
@@ -18,9 +22,9 @@ def pull_to_label(x: Tensor, labels: Tensor) -> Tensor:
     return labels.to(x.dtype)[:, None, None, None] / 10 - x
 
 
-def run(field, indices: Tensor, *, batch: int = 4, seed: int = 3, evaluations: int = 5) -> Generated:
+def run(field, indices: Tensor, *, batch: int = 4, seed: int = 3, evaluations: int = 5, **options) -> Generated:
     return generate(
-        field,
+        blind_to_time(field),
         indices=indices,
         labels=balanced_labels(indices, 10),
         latent_shape=SHAPE,
@@ -29,6 +33,7 @@ def run(field, indices: Tensor, *, batch: int = 4, seed: int = 3, evaluations: i
         seed=seed,
         decode=IdentityAutoencoder().decode,
         batch=batch,
+        **options,
     )
 
 
@@ -99,7 +104,7 @@ def test_no_graph_is_kept():
         return seen[-1]
 
     generate(
-        watched,
+        blind_to_time(watched),
         indices=torch.arange(2),
         labels=torch.tensor([0, 1]),
         latent_shape=SHAPE,
@@ -111,3 +116,47 @@ def test_no_graph_is_kept():
     )
     assert len(seen) == 3
     assert not any(field.requires_grad for field in seen)
+
+
+@given(batch=st.integers(1, 12), workers=st.integers(1, 3))
+def test_adaptive_compute_changes_no_image_with_batch_or_workers(batch, workers):
+    def field(x: Tensor, labels: Tensor) -> Tensor:
+        return pull_to_label(x, labels) * (1 + labels[:, None, None, None] % 4)
+
+    indices, options = torch.arange(11), {"evaluations": 60, "stop": GradientNormStop(ratio=0.1)}
+    whole = run(field, indices, batch=11, **options)
+    assert whole.nfe.unique().numel() > 2
+    assert whole.complete.all()
+    for worker in range(workers):
+        share = run(field, indices[worker::workers], batch=batch, **options)
+        assert torch.equal(share.images, whole.images[worker::workers])
+        assert torch.equal(share.nfe, whole.nfe[worker::workers])
+
+
+def test_starts_may_be_partly_noised_latents_and_the_field_may_know_time():
+    latents = torch.tensor([-0.9, -0.3, 0.1, 0.5, 0.8]).view(5, 1, 1, 1).expand(5, *SHAPE)
+    noise = torch.full_like(latents, 0.3)
+    generated = generate(
+        lambda x, labels, time: (latents[labels] - x) / (1 - time).view(-1, 1, 1, 1),  # straight to the datum
+        indices=torch.tensor([7, 3, 9, 1, 0]),
+        labels=torch.arange(5),
+        latent_shape=SHAPE,
+        sampler=Euler(),
+        evaluations=8,
+        seed=0,
+        decode=IdentityAutoencoder().decode,
+        batch=2,
+        start=lambda rows: corrupt(latents[rows], noise[rows], torch.full((len(rows),), 0.6)),
+        start_time=0.6,
+    )
+    assert torch.equal(generated.images, IdentityAutoencoder().decode(latents))
+
+
+def test_samples_that_are_not_finite_are_told_and_blank():
+    def field(x: Tensor, labels: Tensor) -> Tensor:
+        return torch.where(labels[:, None, None, None] == 1, float("inf"), pull_to_label(x, labels))
+
+    generated = run(field, torch.arange(4))
+    assert generated.finite.tolist() == [True, False, True, True]
+    assert torch.equal(generated.images[1], IdentityAutoencoder().decode(torch.zeros(1, *SHAPE))[0])
+    assert torch.equal(generated.images[2], run(pull_to_label, torch.arange(4)).images[2])

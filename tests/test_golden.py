@@ -5,7 +5,6 @@ steps of a sampler run and is far below any difference in meaning.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -96,7 +95,7 @@ def test_training_an_explicit_energy(kind: EnergyKind, model: SiT) -> None:
         ("gd_cfg4_50", GradientDescent(0.003), 4.0, 49),
     ],
 )
-def test_sampling(name: str, sampler: Sampler[Any], cfg_scale: float, evaluations: int, model: SiT) -> None:
+def test_sampling(name: str, sampler: Sampler, cfg_scale: float, evaluations: int, model: SiT) -> None:
     field = guided(model, cfg_scale=cfg_scale, null_label=NULL_LABEL, guided_channels=3)
     result = sample(lambda x: field(x, LABELS), start=X, sampler=sampler, evaluations=evaluations)
     assert_golden(result.samples, name)

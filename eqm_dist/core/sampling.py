@@ -1,48 +1,211 @@
-"""Sampling: descend the field from a start, and count what that cost."""
+"""Sampling: follow the field from a start, count what that cost, and stop each sample when it may stop."""
 
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from eqm_dist.core.samplers import Field, Sampler
+from eqm_dist.core.samplers import Field, Sampler, State, field_norm
 from eqm_dist.errors import ConfigError
+
+QueueField = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x [b, ...], rows [b], time [b]) -> field [b, ...]: which samples these are, and how far each is on its way."""
+
+
+@dataclass(frozen=True)
+class GradientNormStop:
+    """Adaptive compute: a sample stops once the norm of its field has fallen below a limit (paper, Algorithm 2).
+
+    The norm is the root mean square over the dimensions of the sample: the paper's g_min is ``norm`` times the root of
+    their number. Its value is not published. The evaluation that meets the limit still moves the sample, so one that
+    stopped after k evaluations equals that of a fixed schedule of k.
+
+    Attributes:
+        norm: the limit itself, or None.
+        ratio: the limit as a part of the norm at the sample's first evaluation, or None. With both, either is enough.
+    """
+
+    norm: float | None = None
+    ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.norm is None and self.ratio is None:
+            raise ConfigError("A stopping rule needs norm, ratio or both; without a rule leave stop out.")
+        if self.norm is not None and not 0 < self.norm < math.inf:
+            raise ConfigError(f"norm of a stopping rule must be positive and finite, got {self.norm}.")
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise ConfigError(f"ratio of a stopping rule must lie in (0, 1), got {self.ratio}.")
+
+    def below(self, norm: Tensor, first_norm: Tensor) -> Tensor:
+        """Which samples [B] bool may stop, from the norms [B] now and at the first evaluation."""
+        return (norm < (self.norm or 0)) | (norm < (self.ratio or 0) * first_norm)
 
 
 @dataclass(frozen=True)
 class SampleResult:
-    """Samples [B, ...] and the number of evaluations of the field that each took, ``nfe`` [B] int64."""
+    """Samples [B, ...], the number of evaluations of the field that each took, ``nfe`` [B] int64, and ``complete`` [B].
+
+    A sample is not complete where the limit of evaluations cut it off before the stopping rule or the end of time.
+    """
 
     samples: Tensor
     nfe: Tensor
+    complete: Tensor
 
 
-@torch.no_grad()
-def sample(field: Field, start: Tensor, sampler: Sampler[Any], evaluations: int) -> SampleResult:
-    """Descend from ``start`` for a number of evaluations of the field.
+@dataclass(frozen=True)
+class Ended:
+    """Samples that have ended, with the ``rows`` [b] int64 that say which; the rest as in ``SampleResult``."""
+
+    rows: Tensor
+    samples: Tensor
+    nfe: Tensor
+    complete: Tensor
+
+
+def sample(
+    field: Field, start: Tensor, sampler: Sampler, evaluations: int, stop: GradientNormStop | None = None
+) -> SampleResult:
+    """Follow the field from ``start`` for a number of evaluations.
 
     The official "250 steps" are 249 evaluations. A guided field counts once, though its model sees two batches.
+
+    The field always sees the whole batch, also where some samples have ended before others: ``sample_queue`` is what
+    saves their compute, and what a field that depends on time needs.
 
     Args:
         field: x [B, ...] -> field [B, ...], pointing downhill.
         start: [B, ...]: noise, or a partly noised sample; left as it is.
-        sampler: the descent method.
-        evaluations: at least 1.
+        sampler: the method.
+        evaluations: at least 1; the most that a sample may take.
+        stop: lets each sample stop earlier.
 
     Raises:
-        ConfigError: evaluations is less than 1.
+        ConfigError: evaluations is less than 1, or the sampler cannot use that number.
     """
-    if evaluations < 1:
-        raise ConfigError(f"evaluations must be at least 1, got {evaluations}.")
-    calls = 0
 
-    def counted(x: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return field(x)
+    def of_rows(x: Tensor, rows: Tensor, time: Tensor) -> Tensor:
+        if len(x) == len(start):
+            return field(x)
+        whole = start.to(x.dtype, copy=True)
+        whole[rows] = x
+        return field(whole)[rows]
 
-    x, state = start, sampler.init(start)
-    for _ in range(evaluations):
-        x, state = sampler.step(counted, x, state)
-    return SampleResult(x, torch.full(start.shape[:1], calls, dtype=torch.int64, device=start.device))
+    rows = torch.arange(len(start), device=start.device)
+    queue = sample_queue(of_rows, start.__getitem__, rows, sampler, evaluations, slots=max(1, len(start)), stop=stop)
+    return in_order(list(queue))
+
+
+def in_order(parts: list[Ended]) -> SampleResult:
+    """All samples of a queue, in the order of their rows."""
+    order = torch.cat([part.rows for part in parts]).argsort()
+    return SampleResult(*(
+        torch.cat([getattr(part, name) for part in parts])[order] for name in ("samples", "nfe", "complete")
+    ))  # fmt: skip
+
+
+@torch.no_grad()
+def sample_queue(
+    field: QueueField,
+    start: Callable[[Tensor], Tensor],
+    rows: Tensor,
+    sampler: Sampler,
+    evaluations: int,
+    *,
+    slots: int,
+    stop: GradientNormStop | None = None,
+    start_time: float = 0.0,
+) -> Iterator[Ended]:
+    """Follow the field from many starts, so many at a time; where a sample ends, the next in the queue takes its slot.
+
+    Up to the rounding of the field's own sums a sample does not depend on ``slots`` or on the others. (Rounding may
+    decide when a norm is within it of the limit: such a sample may take one evaluation more or less.)
+
+    Args:
+        field: (x [b, ...], rows [b], time [b]) -> field [b, ...], pointing downhill, for any b of the rows.
+        start: rows [b] -> [b, ...], called once for each row.
+        rows: [n] int64, the queue, in its order; on the device of the work.
+        sampler: the method.
+        evaluations: at least 1; the most that a sample may take.
+        slots: samples under way at once.
+        stop: lets each sample stop earlier.
+        start_time: where on the way from 0 to 1 the starts lie, for integrators: the gamma of partly noised samples.
+
+    Yields:
+        Samples as they end. Without rows, one part without samples.
+
+    Raises:
+        ConfigError: evaluations or slots is less than 1, or the sampler cannot use these numbers.
+    """
+    for name, value in (("evaluations", evaluations), ("slots", slots)):
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}.")
+
+    def begin(joining: Tensor) -> _Batch:
+        x = start(joining)
+        nfe, first_norm = torch.zeros(len(x), dtype=torch.int64), field_norm(torch.zeros_like(x))
+        return _Batch(x, joining, nfe, first_norm, sampler.start(x, evaluations, start_time))
+
+    batch, taken = begin(rows[:slots]), slots
+    if not len(rows):
+        yield Ended(rows, batch.x, rows, rows.bool())
+    while len(batch.nfe):
+        batch, over = _evaluate(batch, field, sampler, evaluations, stop)
+        leaving = batch.nfe == evaluations if over is None else over | (batch.nfe == evaluations)
+        if not leaving.any():
+            continue
+        gone = batch.only(leaving)
+        complete = torch.ones_like(gone.rows, dtype=torch.bool) if over is None else over[leaving].to(rows.device)
+        yield Ended(gone.rows, gone.x, gone.nfe.to(rows.device), complete)
+        batch = batch.only(~leaving)
+        joining = rows[taken : taken + slots - len(batch.nfe)]
+        taken += len(joining)
+        if len(joining):
+            batch = batch.with_others(begin(joining))
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Samples under way. Their counts stay on the CPU: where nothing ends early, nobody waits for a GPU."""
+
+    x: Tensor
+    rows: Tensor
+    nfe: Tensor
+    first_norm: Tensor
+    state: State
+
+    def only(self, mask: Tensor) -> Self:
+        """The samples that a mask [b] on the CPU names."""
+        index = mask.nonzero().flatten().to(self.x.device)
+        state = tuple(part[index] for part in self.state)
+        return type(self)(self.x[index], self.rows[index], self.nfe[mask], self.first_norm[index], state)
+
+    def with_others(self, other: Self) -> Self:
+        """These samples, then the others."""
+        return type(self)(
+            torch.cat([self.x, other.x]),
+            torch.cat([self.rows, other.rows]),
+            torch.cat([self.nfe, other.nfe]),
+            torch.cat([self.first_norm, other.first_norm]),
+            tuple(torch.cat(parts) for parts in zip(self.state, other.state, strict=True)),
+        )
+
+
+def _evaluate(
+    batch: _Batch, field: QueueField, sampler: Sampler, evaluations: int, stop: GradientNormStop | None
+) -> tuple[_Batch, Tensor | None]:
+    """The batch after one evaluation, and which samples [b] are over; None where only their number decides."""
+    progress = (batch.nfe.to(batch.first_norm.dtype) / evaluations).to(batch.x.device)
+    point, time = sampler.look(batch.x, batch.state, progress)
+    value = field(point, batch.rows, time)
+    x, state, over = sampler.move(batch.x, batch.state, value, progress)
+    first_norm = batch.first_norm
+    if stop is not None:
+        norm = field_norm(value)
+        first_norm = torch.where(progress == 0, norm, first_norm)
+        below = stop.below(norm, first_norm)
+        over = below if over is None else over | below
+    return _Batch(x, batch.rows, batch.nfe + 1, first_norm, state), None if over is None else over.cpu()

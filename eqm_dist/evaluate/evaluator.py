@@ -1,24 +1,28 @@
 """What is measured and drawn while a run trains: FID against the training images, its yardstick, a grid of samples."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eqm_dist.core.objective import ConditionalField
+from eqm_dist.core.guidance import TimedField
 from eqm_dist.core.samplers import Sampler
+from eqm_dist.core.sampling import GradientNormStop
 from eqm_dist.data.loader import ShardReader
 from eqm_dist.data.order import rank_range
 from eqm_dist.data.storage import storage_errors
-from eqm_dist.evaluate.generate import balanced_labels, generate
+from eqm_dist.evaluate.figures import nfe_histogram
+from eqm_dist.evaluate.generate import Generated, balanced_labels, generate
 from eqm_dist.evaluate.grid import sample_grid
 from eqm_dist.evaluate.metrics import FeatureMoments, feature_moments, frechet_distance, half_split_fid
 from eqm_dist.models.autoencoder import Autoencoder, moments_to_latents
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,8 @@ class Evaluator:
 
     Attributes:
         model: receives the weights; on the device of the work.
-        field: the field to descend, built on ``model``.
-        sampler, evaluations: how to descend it.
+        field: the field to follow, built on ``model``.
+        sampler, evaluations, stop: how to follow it.
         autoencoder: decodes latents.
         reader: the real images, as the shards of the training set.
         extractor: images -> features, on the same device.
@@ -42,9 +46,10 @@ class Evaluator:
     """
 
     model: nn.Module
-    field: ConditionalField
-    sampler: Sampler[Any]
+    field: TimedField
+    sampler: Sampler
     evaluations: int
+    stop: GradientNormStop | None
     autoencoder: Autoencoder
     reader: ShardReader
     extractor: nn.Module
@@ -58,34 +63,42 @@ class Evaluator:
     all_reduce_sum: Callable[[Tensor], Tensor]
 
     def __call__(self, weights: Mapping[str, Tensor], step: int) -> tuple[dict[str, float], list[Path]]:
-        """Metrics ``eval/...``, and on rank 0 the picture that was written. A collective."""
+        """Metrics ``eval/...``, and on rank 0 the pictures that were written. A collective."""
         self.model.load_state_dict(weights)
-        images = self._generate()
-        moments = feature_moments(self.extractor, images.split(self.batch), self._device)
-        generated = moments.merged(self.all_reduce_sum)
+        generated = self._generate()
+        moments = feature_moments(self.extractor, generated.images.split(self.batch), self._device)
+        nfe, cut_off, not_finite = self._of_all_ranks(generated)
         metrics = {
-            "eval/fid": frechet_distance(self._reference, generated),
+            "eval/fid": frechet_distance(self._reference, moments.merged(self.all_reduce_sum)),
             "eval/fid_yardstick": self._yardstick,
             "eval/samples": float(self.samples),
-            "eval/nfe": float(self.evaluations),
+            "eval/nfe": nfe.double().mean().item(),
         }
-        grid = self._first_images(images)
+        grid = self._first_images(generated.images)
         if self.rank:
             return metrics, []
-        path = self.directory / f"samples_step{step:08d}.png"
-        picture = sample_grid(grid, balanced_labels(torch.arange(len(grid)), self.reader.num_classes), self.columns)
-        with storage_errors("write", path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
-        return metrics, [path]
+        if cut_off:
+            logger.warning(
+                "%d of %d samples were cut off by evaluations=%d before they ended",
+                cut_off,
+                self.samples,
+                self.evaluations,
+            )
+        if not_finite:
+            logger.warning("%d of %d samples are not finite and count as blank images", not_finite, self.samples)
+        return metrics, self._draw(grid, nfe, step)
 
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _generate(self) -> Tensor:
+    @property
+    def _part(self) -> tuple[int, int]:
         """This rank's part of the images [0, samples)."""
-        indices = torch.arange(*rank_range(0, self.samples, self.rank, self.world), device=self._device)
+        return rank_range(0, self.samples, self.rank, self.world)
+
+    def _generate(self) -> Generated:
+        indices = torch.arange(*self._part, device=self._device)
         return generate(
             self.field,
             indices=indices,
@@ -96,12 +109,33 @@ class Evaluator:
             seed=self.seed,
             decode=self.autoencoder.decode,
             batch=self.batch,
-        ).images
+            stop=self.stop,
+        )
+
+    def _of_all_ranks(self, generated: Generated) -> tuple[Tensor, int, int]:
+        """The counts of evaluations [samples], how many samples were cut off, and how many are not finite."""
+        figures = torch.zeros((3, self.samples), dtype=torch.int64, device=self._device)
+        own = torch.stack([generated.nfe, (~generated.complete).long(), (~generated.finite).long()])
+        figures[:, slice(*self._part)] = own
+        nfe, cut_off, not_finite = self.all_reduce_sum(figures).cpu()
+        return nfe, int(cut_off.sum()), int(not_finite.sum())
+
+    def _draw(self, grid: Tensor, nfe: Tensor, step: int) -> list[Path]:
+        """The grid of samples and, where samples took different numbers of evaluations, the histogram of these."""
+        samples, histogram = (self.directory / f"{name}_step{step:08d}.png" for name in ("samples", "nfe"))
+        labels = balanced_labels(torch.arange(len(grid)), self.reader.num_classes)
+        with storage_errors("write", samples):
+            samples.parent.mkdir(parents=True, exist_ok=True)
+            sample_grid(grid, labels, self.columns).save(samples)
+            if nfe.min() == nfe.max():
+                return [samples]
+            nfe_histogram(nfe).savefig(histogram, dpi=150)
+        return [samples, histogram]
 
     def _first_images(self, images: Tensor) -> Tensor:
         """The first images of all ranks' together, enough for the grid, on every rank."""
         wanted = min(self.samples, self.columns * self.reader.num_classes)
-        start, stop = rank_range(0, self.samples, self.rank, self.world)
+        start, stop = self._part
         first = torch.zeros((wanted, *images.shape[1:]), dtype=torch.int32, device=images.device)
         stop = max(start, min(stop, wanted))
         first[start:stop] = images[: stop - start].int()

@@ -2,23 +2,32 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from eqm_dist import rng
-from eqm_dist.core.objective import ConditionalField
+from eqm_dist.core.corruption import per_sample
+from eqm_dist.core.guidance import TimedField
 from eqm_dist.core.samplers import Sampler
-from eqm_dist.core.sampling import sample
+from eqm_dist.core.sampling import GradientNormStop, in_order, sample_queue
 
 
 @dataclass(frozen=True)
 class Generated:
-    """Images [n, H, W, C] uint8 and the field evaluations that each took, ``nfe`` [n] int64."""
+    """Images and what they cost.
+
+    Attributes:
+        images: [n, H, W, C] uint8.
+        nfe: [n] int64, the field evaluations that each took.
+        complete: [n] bool; False where the limit of evaluations cut a sample off (see ``SampleResult``).
+        finite: [n] bool; False where the latents are not numbers. Such an image is that of latents of zero.
+    """
 
     images: Tensor
     nfe: Tensor
+    complete: Tensor
+    finite: Tensor
 
 
 def balanced_labels(indices: Tensor, num_classes: int) -> Tensor:
@@ -28,40 +37,58 @@ def balanced_labels(indices: Tensor, num_classes: int) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    field: ConditionalField,
+    field: TimedField,
     *,
     indices: Tensor,
     labels: Tensor,
     latent_shape: Sequence[int],
-    sampler: Sampler[Any],
+    sampler: Sampler,
     evaluations: int,
     seed: int,
     decode: Callable[[Tensor], Tensor],
     batch: int,
+    stop: GradientNormStop | None = None,
+    start: Callable[[Tensor], Tensor] | None = None,
+    start_time: float = 0.0,
 ) -> Generated:
-    """Descend the field from noise for every index and decode the result.
+    """Follow the field from a start for every index and decode the result.
 
-    The start of index i is drawn from (seed, i) alone, so workers may divide the indices as they like and choose any
-    batch; the images agree up to the rounding of the network's sums, which may depend on the size of the batch.
+    The start of index i is noise drawn from (seed, i) alone, so workers may divide the indices as they like and choose
+    any batch; the images agree up to the rounding of the network's sums, which may depend on the size of the batch.
 
     Args:
-        field: (x [B, C, h, w], labels [B]) -> field [B, C, h, w], pointing downhill; a model, guided or not.
+        field: (x [B, C, h, w], labels [B], time [B]) -> field [B, C, h, w], pointing downhill; see ``blind_to_time``.
         indices: [n] int64 sample indices, in any order, possibly none; the work is done on their device.
         labels: [n] int64, the class of each.
         latent_shape: (C, h, w).
-        sampler: the descent method.
-        evaluations: field evaluations per sample.
+        sampler: the method.
+        evaluations: field evaluations per sample, or the most of them where samples may end earlier.
         seed: seed of the start noise, drawn from ``Stream.START_NOISE``.
         decode: latents [B, C, h, w] -> images [B, H, W, C'] uint8.
-        batch: images generated at once.
+        batch: samples under way at once; where one ends, the next takes its place.
+        stop: lets each sample stop earlier.
+        start: positions [b] in ``indices`` -> other starts [b, C, h, w] than noise, such as partly noised latents.
+        start_time: the gamma of such starts, for integrators of a field that knows time.
 
     Raises:
-        ConfigError: evaluations or seed out of range.
+        ConfigError: an option is out of range, or the sampler cannot use it.
     """
-    images, nfe = [], []
-    for chunk, chunk_labels in zip(indices.split(batch), labels.split(batch), strict=True):
-        start = rng.normal(seed, rng.Stream.START_NOISE, chunk, latent_shape)
-        result = sample(lambda x, given=chunk_labels: field(x, given), start, sampler, evaluations)
-        images.append(decode(result.samples))
-        nfe.append(result.nfe)
-    return Generated(torch.cat(images), torch.cat(nfe))
+
+    def noise(rows: Tensor) -> Tensor:
+        return rng.normal(seed, rng.Stream.START_NOISE, indices[rows], latent_shape)
+
+    queue = sample_queue(
+        lambda x, rows, time: field(x, labels[rows], time),
+        start or noise,
+        torch.arange(len(indices), device=indices.device),
+        sampler,
+        evaluations,
+        slots=batch,
+        stop=stop,
+        start_time=start_time,
+    )
+    result = in_order(list(queue))
+    finite = result.samples.flatten(1).isfinite().all(1)
+    latents = torch.where(per_sample(finite, result.samples), result.samples, 0)
+    images = torch.cat([decode(part) for part in latents.split(batch)])
+    return Generated(images, result.nfe, result.complete, finite)
