@@ -32,6 +32,7 @@ from eqm_dist.data.index import INDEX_DTYPE, index_shard, write_index
 from eqm_dist.data.loader import Loader, ShardReader
 from eqm_dist.data.manifest import Manifest, ShardRecord, file_record, write_manifest
 from eqm_dist.data.order import SampleOrder
+from eqm_dist.data.storage import open_folder
 
 SHAPE = (1, 8, 32, 32)
 SHARD_SAMPLES = 256
@@ -59,7 +60,7 @@ def write_data(directory: Path, samples: int) -> None:
         found = index_shard(path)
         shards.append(ShardRecord(**file_record(path).model_dump(), samples=len(found.records)))
         records.append(found.records)
-    write_manifest(directory, made_up_manifest(directory, shards, np.concatenate(records), SHAPE))
+    write_manifest(open_folder(directory), made_up_manifest(directory, shards, np.concatenate(records), SHAPE))
 
 
 def write_sparse_data(directory: Path, samples: int) -> None:
@@ -76,7 +77,7 @@ def write_sparse_data(directory: Path, samples: int) -> None:
     records = np.empty(samples, INDEX_DTYPE)
     records["offset"] = np.arange(samples) % shard_samples * distance + 640
     records["label"] = np.arange(samples) % 1000
-    write_manifest(directory, made_up_manifest(directory, shards, records, (1, 2, 1, 1)))
+    write_manifest(open_folder(directory), made_up_manifest(directory, shards, records, (1, 2, 1, 1)))
 
 
 def made_up_manifest(
@@ -94,7 +95,7 @@ def made_up_manifest(
         num_classes=1000,
         label_histogram=tuple(np.bincount(records["label"], minlength=1000).tolist()),
         shards=tuple(shards),
-        index=write_index(directory, records),
+        index=write_index(open_folder(directory), records),
     )
 
 

@@ -126,12 +126,14 @@ def verify(arguments: Sequence[str]) -> None:
     parser = command_parser(
         "Compare every byte and sample of shards with their manifest.", prog="prepare_shards.py verify"
     )
-    parser.add_argument("directory", metavar="DIR")
+    parser.add_argument("directory", metavar="DIR", help="a directory or an s3:// prefix")
+    _add_deadline(parser)
     options = parser.parse_args(arguments)
+    deadline_s = _deadline_s(options, options.directory)
 
     from eqm_dist.data.verify import verify_shards
 
-    manifest = verify_shards(options.directory)
+    manifest = verify_shards(options.directory, deadline_s)
     print(f"{options.directory} is whole: {manifest.num_samples:,} samples in {len(manifest.shards)} shards.")
 
 
@@ -139,11 +141,13 @@ def index(arguments: Sequence[str]) -> None:
     parser = command_parser(
         "Index and manifest for tars of KEY.moments.npy [V, 2C, H, W] and KEY.cls.", prog="prepare_shards.py index"
     )
-    parser.add_argument("directory", metavar="DIR")
+    parser.add_argument("directory", metavar="DIR", help="a directory or an s3:// prefix")
     _add_autoencoder(parser)
     parser.add_argument("--images", default="unknown", metavar="TEXT", help="what the images came from")
     parser.add_argument("--num-classes", type=int, metavar="N", help="(default: the highest class there is, and one)")
+    _add_deadline(parser)
     options = parser.parse_args(arguments)
+    deadline_s = _deadline_s(options, options.directory)
 
     from eqm_dist.data.assemble import index_directory
     from eqm_dist.models.autoencoder import load_autoencoder
@@ -157,22 +161,25 @@ def index(arguments: Sequence[str]) -> None:
         latent_scale=autoencoder.latent_scale,
         latent_shift=autoencoder.latent_shift,
         num_classes=options.num_classes,
+        deadline_s=deadline_s,
     )
     print(f"{options.directory} holds {manifest.num_samples:,} samples in {len(manifest.shards)} shards.")
 
 
 def merge(arguments: Sequence[str]) -> None:
     parser = command_parser(
-        "Join data sets of one kind into OUT; shards are hard-linked where the file system can.",
+        "Join data sets of one kind into OUT; shards are hard-linked where the file system can, and S3 copies its own.",
         prog="prepare_shards.py merge",
     )
-    parser.add_argument("out", metavar="OUT")
-    parser.add_argument("directories", metavar="DIR", nargs="+")
+    parser.add_argument("out", metavar="OUT", help="a directory or an s3:// prefix")
+    parser.add_argument("directories", metavar="DIR", nargs="+", help="likewise")
+    _add_deadline(parser)
     options = parser.parse_args(arguments)
+    deadline_s = _deadline_s(options, options.out, *options.directories)
 
     from eqm_dist.data.merge import merge_shards
 
-    manifest = merge_shards(options.out, options.directories)
+    manifest = merge_shards(options.out, options.directories, deadline_s)
     print(f"{options.out} holds {manifest.num_samples:,} samples in {len(manifest.shards)} shards.")
 
 

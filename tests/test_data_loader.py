@@ -20,6 +20,7 @@ from eqm_dist.data.manifest import Manifest, ShardRecord, file_record, write_man
 from eqm_dist.data.order import SampleOrder
 from eqm_dist.data.shards import digits_shards, write_shards
 from eqm_dist.data.sources import Digits, LabelledImage
+from eqm_dist.data.storage import open_folder
 from eqm_dist.errors import DataError
 from eqm_dist.models.autoencoder import IdentityAutoencoder
 
@@ -92,7 +93,7 @@ def test_reader_reads_samples_at_uneven_distances(tmp_path: Path) -> None:
         records.append(index_shard(path).records)
     assert len(np.unique(np.diff(records[0]["offset"].astype(np.int64)))) > 1
     write_manifest(
-        tmp_path,
+        open_folder(tmp_path),
         Manifest(
             name="captioned",
             source="made up",
@@ -104,7 +105,7 @@ def test_reader_reads_samples_at_uneven_distances(tmp_path: Path) -> None:
             num_classes=2,
             label_histogram=(10, 10),
             shards=tuple(shards),
-            index=write_index(tmp_path, np.concatenate(records)),
+            index=write_index(open_folder(tmp_path), np.concatenate(records)),
         ),
     )
     indices = np.array([19, 3, 3, 0, 10, 11])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from eqm_dist.data.manifest import FileRecord, Manifest, ShardRecord, read_manifest, write_manifest
+from eqm_dist.data.storage import open_folder
 from eqm_dist.errors import DataError
 
 MANIFEST = Manifest(
@@ -28,7 +29,7 @@ MANIFEST = Manifest(
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    write_manifest(tmp_path, MANIFEST)
+    write_manifest(open_folder(tmp_path), MANIFEST)
     manifest = read_manifest(str(tmp_path))
     assert manifest == MANIFEST
     assert manifest.num_samples == 7

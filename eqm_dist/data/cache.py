@@ -82,7 +82,7 @@ class FileCache:
                 folder.download(record.name, file)
                 file.flush()
                 os.fsync(file.fileno())
-            check_checksum(file, f"{folder.url}/{record.name}", record)  # pyright: ignore[reportArgumentType]
+            check_checksum(file, f"{folder.url}/{record.name}", record)
             with storage_errors("write", path):
                 os.replace(temporary, path)
         except BaseException:

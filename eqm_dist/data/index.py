@@ -8,9 +8,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from eqm_dist.data.manifest import FileRecord, Manifest, check_checksum, check_size, file_record
+from eqm_dist.data.manifest import FileRecord, Manifest, check_bytes, check_checksum, record_of
 from eqm_dist.data.sources.image import SkippedImage
-from eqm_dist.data.storage import atomic_write, storage_errors
+from eqm_dist.data.storage import Folder, open_whole, storage_errors
 from eqm_dist.errors import DataError
 
 INDEX_NAME = "index.npy"
@@ -34,7 +34,22 @@ class ShardIndex(NamedTuple):
 
 
 def index_shard(path: Path) -> ShardIndex:
+    """``index_tar`` of a local file.
+
+    Raises:
+        DataError: as there.
+        StorageError: the tar cannot be read.
+    """
+    with storage_errors("read", path), open(path, "rb") as file:
+        return index_tar(file, path)
+
+
+def index_tar(file: BinaryIO, path: str | Path) -> ShardIndex:
     """Find every sample of a WebDataset tar by reading its headers; other files of a sample are passed over.
+
+    Args:
+        file: the tar.
+        path: what it is called in errors.
 
     Raises:
         DataError: the tar is truncated or damaged, a sample lacks its moments or its class, or the arrays differ in
@@ -46,7 +61,8 @@ def index_shard(path: Path) -> ShardIndex:
     layouts: set[tuple[tuple[int, int, int, int], np.dtype]] = set()
     skipped: tuple[SkippedImage, ...] = ()
     try:
-        with storage_errors("read", path), open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        file.seek(0)
+        with storage_errors("read", path), tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 folder, slash, base = member.name.rpartition("/")
                 stem, _, suffix = base.partition(".")
@@ -78,32 +94,32 @@ def index_shard(path: Path) -> ShardIndex:
     return ShardIndex(records, moments_shape, dtype, skipped)
 
 
-def write_index(directory: Path, records: np.ndarray) -> FileRecord:
-    """Write ``directory``/index.npy: INDEX_DTYPE records [num_samples].
+def write_index(folder: Folder, records: np.ndarray) -> FileRecord:
+    """Write index.npy: INDEX_DTYPE records [num_samples].
 
     Raises:
         StorageError: the index cannot be written.
     """
     content = io.BytesIO()
     np.save(content, records, allow_pickle=False)
-    path = directory / INDEX_NAME
-    atomic_write(path, content.getbuffer())
-    return file_record(path)
+    folder.write(INDEX_NAME, content.getbuffer())
+    return record_of(content, INDEX_NAME)
 
 
-def read_index(directory: Path, manifest: Manifest, *, verify_checksum: bool) -> np.ndarray:
+def read_index(folder: Folder, manifest: Manifest, *, verify_checksum: bool) -> np.ndarray:
     """The index as a memory map: INDEX_DTYPE records [num_samples].
 
     Raises:
         DataError: the index is missing, damaged, or does not belong to the manifest.
         StorageError: the index cannot be read.
     """
-    path = directory / manifest.index.name
-    check_size(path, manifest.index)
-    if verify_checksum:
-        with storage_errors("read", path), open(path, "rb") as file:
+    name = manifest.index.name
+    path = f"{folder.url}/{name}"
+    check_bytes(path, folder.size(name), manifest.index)
+    with open_whole(folder, name) as file, storage_errors("read", path):
+        if verify_checksum:
             check_checksum(file, path, manifest.index)
-    with storage_errors("read", path), open(path, "rb") as file:
+            file.seek(0)
         return map_index(file, path, manifest)
 
 

@@ -162,7 +162,7 @@ class ShardReader:
             directory = Path(folder.url)
             for record in manifest.shards:
                 check_size(directory / record.name, record)
-            return read_index(directory, manifest, verify_checksum=self._verify_checksums)
+            return read_index(folder, manifest, verify_checksum=self._verify_checksums)
         found = folder.list()
         for record in (*manifest.shards, manifest.index):
             check_bytes(f"{folder.url}/{record.name}", found.get(record.name), record)

@@ -7,13 +7,13 @@ DIR/manifest.json          written last: a data set exists when its manifest exi
 
 import hashlib
 import json
-from io import BufferedReader
+import os
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, BinaryIO, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from eqm_dist.data.storage import Folder, LocalFolder, atomic_write, open_folder, storage_errors
+from eqm_dist.data.storage import Folder, LocalFolder, open_folder, storage_errors
 from eqm_dist.errors import DataError, StorageError
 
 VERSION = 1
@@ -123,13 +123,13 @@ def read_manifest(location: str | Path | Folder) -> Manifest:
         ) from error
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write ``directory``/manifest.json whole: from here on the data set exists.
+def write_manifest(folder: Folder, manifest: Manifest) -> None:
+    """Write manifest.json whole: from here on the data set exists.
 
     Raises:
         StorageError: the manifest cannot be written.
     """
-    atomic_write(directory / MANIFEST_NAME, (manifest.model_dump_json(indent=1) + "\n").encode())
+    folder.write(MANIFEST_NAME, (manifest.model_dump_json(indent=1) + "\n").encode())
 
 
 def file_record(path: Path) -> FileRecord:
@@ -139,7 +139,12 @@ def file_record(path: Path) -> FileRecord:
         StorageError: the file cannot be read.
     """
     with storage_errors("read", path), open(path, "rb") as file:
-        return FileRecord(name=path.name, bytes=path.stat().st_size, sha256=_sha256(file))
+        return record_of(file, path.name)
+
+
+def record_of(file: BinaryIO, name: str) -> FileRecord:
+    """The record of an open file."""
+    return FileRecord(name=name, bytes=file.seek(0, os.SEEK_END), sha256=_sha256(file))
 
 
 def check_size(path: Path, record: FileRecord) -> None:
@@ -175,7 +180,7 @@ def check_bytes(path: str | Path, found: int | None, record: FileRecord) -> None
         )
 
 
-def check_checksum(file: BufferedReader, path: str | Path, record: FileRecord) -> None:
+def check_checksum(file: BinaryIO, path: str | Path, record: FileRecord) -> None:
     """Compare all bytes of an open file with its record.
 
     Raises:
@@ -191,6 +196,6 @@ def check_checksum(file: BufferedReader, path: str | Path, record: FileRecord) -
         )
 
 
-def _sha256(file: BufferedReader) -> str:
+def _sha256(file: BinaryIO) -> str:
     file.seek(0)
-    return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]

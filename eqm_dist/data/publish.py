@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from eqm_dist.data.manifest import MANIFEST_NAME, Manifest, read_manifest
-from eqm_dist.data.storage import DEADLINE_S, open_folder, storage_errors
+from eqm_dist.data.storage import DEADLINE_S, open_folder
 from eqm_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def publish_shards(directory: Path, location: str, deadline_s: float = DEADLINE_
         StorageError: S3 does not take a file. What was sent stays.
     """
     manifest = read_manifest(directory)
-    folder = open_folder(location, deadline_s=deadline_s)
+    local, folder = open_folder(directory), open_folder(location, deadline_s=deadline_s)
     present = folder.list()
     if MANIFEST_NAME in present:
         if Manifest.model_validate_json(folder.read(MANIFEST_NAME)) != manifest:
@@ -37,15 +37,13 @@ def publish_shards(directory: Path, location: str, deadline_s: float = DEADLINE_
     missing = [name for name, size in files.items() if present.get(name) != size]
     total, sent, began = sum(files[name] for name in missing), 0, time.monotonic()
     for name in missing:
-        with storage_errors("read", directory / name):
-            content = (directory / name).read_bytes()
-        folder.write(name, content)
-        sent += len(content)
+        folder.copy(local, name, name)
+        sent += files[name]
         if name != manifest.index.name:
             rate = sent / (time.monotonic() - began)
             logger.info(
                 "Sent %s: %.2f of %.2f GiB, %.1f MiB/s, %.0f s left",
                 name, sent / 2**30, total / 2**30, rate / 2**20, (total - sent) / rate,
             )  # fmt: skip
-    folder.write(MANIFEST_NAME, (directory / MANIFEST_NAME).read_bytes())
+    folder.copy(local, MANIFEST_NAME, MANIFEST_NAME)
     return manifest

@@ -27,11 +27,12 @@ from eqm_dist.data.manifest import (
     Manifest,
     MomentsDtype,
     check_checksum,
+    file_record,
     read_manifest,
 )
 from eqm_dist.data.sources.digits import Digits
 from eqm_dist.data.sources.image import ImageSource, SkippedImage
-from eqm_dist.data.storage import atomic_write, local_path, remove_leftovers, storage_errors
+from eqm_dist.data.storage import LocalFolder, atomic_write, local_path, remove_leftovers, storage_errors
 from eqm_dist.errors import DataError
 from eqm_dist.models.autoencoder import Autoencoder, IdentityAutoencoder
 
@@ -140,7 +141,7 @@ def write_shards(
             _check_skipped(directory, done, len(source), max_bad_fraction)
         _write_report(directory, done, len(source))
         return assemble(
-            directory,
+            LocalFolder(directory),
             Description(
                 name=name,
                 source=source.id,
@@ -151,7 +152,7 @@ def write_shards(
                 num_classes=source.num_classes,
                 class_names=tuple(class_names),
             ),
-            [(task.path, done[task.path]) for task in tasks],
+            [(file_record(task.path), done[task.path]) for task in tasks],
         )
 
 

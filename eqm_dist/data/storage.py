@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import stat
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -167,6 +168,25 @@ def open_folder(location: str | Path, *, deadline_s: float = DEADLINE_S) -> Fold
         StorageError: S3 is not configured.
     """
     return S3Folder(str(location), deadline_s) if is_remote(location) else LocalFolder(location)
+
+
+def open_whole(folder: Folder, name: str) -> BinaryIO:
+    """A whole file, open for reading here: itself if it is local, otherwise a copy that goes when it is closed.
+
+    Raises:
+        StorageError: it is missing or cannot be read, or there is no room for the copy.
+    """
+    if isinstance(folder, LocalFolder):
+        return folder.open(name)
+    with storage_errors("keep a copy of", f"{folder.url}/{name}"):
+        file = tempfile.TemporaryFile()  # noqa: SIM115
+        try:
+            folder.download(name, file)
+            file.seek(0)
+        except BaseException:
+            file.close()
+            raise
+        return file
 
 
 class LocalFolder:

@@ -1,45 +1,59 @@
 """The full check of a data set: every byte, every sample."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from eqm_dist.data.index import index_shard, read_index
-from eqm_dist.data.manifest import Manifest, ShardRecord, check_checksum, check_size, read_manifest
-from eqm_dist.data.storage import local_path, storage_errors
+from eqm_dist.data.index import index_tar, read_index
+from eqm_dist.data.manifest import Manifest, ShardRecord, check_bytes, check_checksum, read_manifest
+from eqm_dist.data.storage import DEADLINE_S, Folder, open_folder, open_whole, storage_errors
 from eqm_dist.errors import DataError
 
+READERS = 4
+"""Shards checked at once; of those on S3 so many copies take room for temporary files."""
 
-def verify_shards(directory: str | Path) -> Manifest:
+
+def verify_shards(location: str | Path, deadline_s: float = DEADLINE_S) -> Manifest:
     """Read everything and compare it with the manifest: sizes, checksums, every sample's place, shape and class.
+
+    Args:
+        location: of the data set, a directory or an s3:// prefix.
+        deadline_s: how long S3 may fail before it is given up.
 
     Raises:
         DataError: names every damaged file.
         StorageError: a file cannot be read.
     """
-    directory = local_path(directory)
-    manifest = read_manifest(directory)
-    index = read_index(directory, manifest, verify_checksum=True)
-    problems: list[str] = []
-    first = 0
-    for record in manifest.shards:
+    folder = open_folder(location, deadline_s=deadline_s)
+    manifest = read_manifest(folder)
+    index = read_index(folder, manifest, verify_checksum=True)
+    samples = np.split(index, np.cumsum([record.samples for record in manifest.shards])[:-1])
+    sizes = folder.list()
+
+    def problem(record: ShardRecord, expected: np.ndarray) -> str | None:
         try:
-            _verify_shard(directory / record.name, record, manifest, index[first : first + record.samples])
+            _verify_shard(folder, record, sizes.get(record.name), manifest, expected)
         except DataError as error:
-            problems.append(str(error))
-        first += record.samples
+            return str(error)
+
+    with ThreadPoolExecutor(READERS, thread_name_prefix="verify") as threads:
+        problems = list(filter(None, threads.map(problem, manifest.shards, samples)))
     if np.bincount(index["label"], minlength=manifest.num_classes).tolist() != list(manifest.label_histogram):
-        problems.append(f"The classes in {directory / manifest.index.name} do not add up to the manifest's histogram.")
+        problems.append(f"The classes in {folder.url}/{manifest.index.name} do not add up to the manifest's histogram.")
     if problems:
         raise DataError("\n".join(problems))
     return manifest
 
 
-def _verify_shard(path: Path, record: ShardRecord, manifest: Manifest, expected: np.ndarray) -> None:
-    check_size(path, record)
-    with storage_errors("read", path), open(path, "rb") as file:
+def _verify_shard(
+    folder: Folder, record: ShardRecord, size: int | None, manifest: Manifest, expected: np.ndarray
+) -> None:
+    path = f"{folder.url}/{record.name}"
+    check_bytes(path, size, record)
+    with open_whole(folder, record.name) as file, storage_errors("read", path):
         check_checksum(file, path, record)
-    found = index_shard(path)
+        found = index_tar(file, path)
     layout = (found.moments_shape, found.dtype)
     if not np.array_equal(found.records, expected) or layout != (manifest.moments_shape, np.dtype(manifest.dtype)):
         raise DataError(f"{path} must hold the samples that the index and the manifest describe; prepare it again.")
