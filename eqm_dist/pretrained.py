@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from eqm_dist.build import CHECKPOINTS, CONFIG_FILE, build_field, build_model, build_sampler, runs_root
+from eqm_dist.build import CHECKPOINTS, CONFIG_FILE, build_field, build_model, build_sampler, build_stop, runs_root
 from eqm_dist.config import Config, parse, with_overrides
 from eqm_dist.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from eqm_dist.data.storage import local_path
@@ -119,6 +119,7 @@ class Pretrained:
             seed=seed,
             decode=self.decoder.decode,
             batch=batch,
+            stop=build_stop(sampler),
         )
 
     @property

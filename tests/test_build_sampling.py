@@ -26,7 +26,9 @@ from eqm_dist.core.samplers import (
 from eqm_dist.core.sampling import GradientNormStop
 from eqm_dist.errors import ConfigError
 from eqm_dist.evaluate.figures import nfe_histogram
+from eqm_dist.models.autoencoder import IdentityAutoencoder
 from eqm_dist.presets import digits
+from eqm_dist.pretrained import Pretrained
 from tests import tiny
 from tests.test_config import sampler as sampler_overrides
 from tests.test_track import recorded_flags
@@ -130,6 +132,14 @@ def test_samples_that_break_are_reported(tmp_path: Path) -> None:
     options = sampler_overrides("gd", step_size=1e30, evaluations=40)
     ended, _ = run(tmp_path, **{"model.zero_init": False, **options})
     assert "20 of 20 samples are not finite" in ended.err + ended.out
+
+
+def test_a_trained_model_stops_as_its_sampler_says() -> None:
+    config = small(**sampler_overrides("gd", stop_ratio=0.999, step_size=0.05, evaluations=90))
+    model = Pretrained(config, build_model(config).state_dict(), "weights", autoencoder=IdentityAutoencoder.id)
+    generated = model.generate(torch.arange(4), LABELS, seed=0, batch=2, device=torch.device("cpu"))
+    assert generated.complete.all()
+    assert generated.nfe.max() < 90
 
 
 def test_the_histogram_counts_every_sample_once() -> None:

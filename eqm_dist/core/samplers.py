@@ -107,8 +107,8 @@ class BacktrackingStep:
     """A step after which the field's norm has risen by more than ``rise`` is taken back and tried with half the size.
 
     The half stays for the steps that follow. No evaluation is spent on the decision: the field after a step, which
-    the next step needs anyway, decides about it. Along a good way the norm rises too while noise turns into an image,
-    by a few per cent a step; near data a step above the bound of ``divergence_bound`` multiplies it.
+    the next step needs anyway, decides about it. Some rise is allowed because the norm need not fall while noise turns
+    into an image; near data a step above the bound of ``divergence_bound`` multiplies it.
     """
 
     rise: float = 0.1
