@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from eqm_dist.core.samplers import (
     NesterovGradientDescent,
     Sampler,
 )
-from eqm_dist.core.sampling import GradientNormStop, in_order, sample, sample_queue
+from eqm_dist.core.sampling import GradientNormStop, SampleResult, in_order, sample, sample_queue
 from eqm_dist.errors import ConfigError
 
 START = torch.tensor([[1.0, -2.0], [0.5, 4.0], [0.0, -1.0]], dtype=torch.float64)
@@ -124,33 +125,43 @@ def test_a_sample_stops_at_the_first_field_below_the_limit(stop: GradientNormSto
         assert torch.equal(result.samples[row], fixed[row])
 
 
+QUEUE = torch.linspace(0.1, 30, 9, dtype=torch.float64)[:, None] * torch.tensor([1.0, -1.0], dtype=torch.float64)
+
+
+def pull(x: torch.Tensor, rows: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    """Every third of the samples has the same curvature."""
+    return -x * (1 + rows[:, None] % 3)
+
+
+@cache
+def one_by_one(sampler: Sampler) -> SampleResult:
+    stop = GradientNormStop(norm=0.5)
+    queues = (
+        sample_queue(pull, QUEUE.__getitem__, row, sampler, 30, slots=1, stop=stop) for row in torch.arange(9).split(1)
+    )
+    return in_order([part for queue in queues for part in queue])
+
+
 @pytest.mark.parametrize("sampler", [GradientDescent(0.2), NesterovGradientDescent(0.2, 0.3), Adam(0.05)])
 @given(slots=st.integers(1, 12), order=st.permutations(range(9)))
 def test_slots_are_refilled_and_change_no_sample(sampler: Sampler, slots: int, order: list[int]) -> None:
-    starts = torch.linspace(0.1, 30, 9, dtype=torch.float64)[:, None] * torch.tensor([1.0, -1.0], dtype=torch.float64)
-    stop = GradientNormStop(norm=0.5)
     sizes, started = [], []
 
     def field(x: torch.Tensor, rows: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         sizes.append(len(x))
         assert len(x) == slots or len(started) == len(order)  # no slot is idle while some wait
-        assert torch.equal(x.sign(), starts[rows].sign()) or isinstance(sampler, Adam)  # rows stay with their samples
-        return -x * (1 + rows[:, None] % 3)
+        return pull(x, rows, time)
 
     def start(rows: torch.Tensor) -> torch.Tensor:
         started.extend(rows.tolist())
-        return starts[rows]
+        return QUEUE[rows]
 
-    parts = list(sample_queue(field, start, torch.tensor(order), sampler, 30, slots=slots, stop=stop))
-    result = in_order(parts)
+    stop = GradientNormStop(norm=0.5)
+    result = in_order(list(sample_queue(field, start, torch.tensor(order), sampler, 30, slots=slots, stop=stop)))
     assert started == order  # each once, in the order of the queue
-    assert sum(sizes) == result.nfe.sum()  # an evaluation of the field for every count, none of a sample that has ended
-    alone = [
-        in_order(list(sample_queue(field, starts.__getitem__, torch.tensor([row]), sampler, 30, slots=1, stop=stop)))
-        for row in range(9)
-    ]
-    assert torch.equal(result.samples, torch.cat([one.samples for one in alone]))
-    assert torch.equal(result.nfe, torch.cat([one.nfe for one in alone]))
+    assert sum(sizes) == result.nfe.sum()  # an evaluation for every count, none of a sample that has ended
+    assert torch.equal(result.samples, one_by_one(sampler).samples)
+    assert torch.equal(result.nfe, one_by_one(sampler).nfe)
 
 
 def test_time_is_the_part_of_the_evaluations_that_lies_behind() -> None:

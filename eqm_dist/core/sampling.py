@@ -146,7 +146,8 @@ def sample_queue(
 
     def begin(joining: Tensor) -> _Batch:
         x = start(joining)
-        nfe, first_norm = torch.zeros(len(x), dtype=torch.int64), field_norm(torch.zeros_like(x))
+        first_norm = torch.zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        nfe = torch.zeros(len(x), dtype=torch.int64)
         return _Batch(x, joining, nfe, first_norm, sampler.start(x, evaluations, start_time))
 
     batch, taken = begin(rows[:slots]), slots
