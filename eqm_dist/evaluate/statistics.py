@@ -139,7 +139,7 @@ def image_statistics(
     joined: dict[str, Any] = {}
     for part, pieces in found.items():
         joined[part] = pieces[0].to("cpu") if part.endswith("moments") else _joined(pieces)
-    return ImageStatistics(extractor_id(extractor) or type(extractor).__name__, count, joined)
+    return ImageStatistics(name_of(extractor), count, joined)
 
 
 def _joined(pieces: list[Rows]) -> Rows:
@@ -165,14 +165,14 @@ def extract(extractor: nn.Module, images: Tensor, outputs: Collection[str]) -> d
             metrics = [metric for metric, part in PARTS_OF.items() if part.startswith(name)]
             raise ConfigError(
                 f"The metrics {', '.join(metrics)} need {name} of the extractor, and"
-                f" {extractor_id(extractor) or type(extractor).__name__} has none; leave them out or use inception."
+                f" {name_of(extractor)} has none; leave them out or use inception."
             )
         width = getattr(extractor, "num_features", None) if name == "features" else None
         shape = list(extracted[name].shape)
         if len(shape) != 2 or shape[0] != len(images) or (width is not None and shape[1] != width):
             raise DataError(
                 f"An extractor must give {name} of shape [{len(images)}, {width or 'F'}] for {len(images)} images,"
-                f" and {extractor_id(extractor) or type(extractor).__name__} gave {shape}; correct it."
+                f" and {name_of(extractor)} gave {shape}; correct it."
             )
     return extracted
 
@@ -181,6 +181,11 @@ def extractor_id(extractor: nn.Module) -> str | None:
     """The name that an extractor answers for, weights included; None if it gives itself none."""
     found = getattr(extractor, "id", None)
     return found if isinstance(found, str) else None
+
+
+def name_of(extractor: nn.Module) -> str:
+    """Its id, or else the name of its class."""
+    return extractor_id(extractor) or type(extractor).__name__
 
 
 def merged(statistics: Iterable[ImageStatistics]) -> ImageStatistics:
@@ -206,6 +211,23 @@ class MetricSettings:
     seed: int = SEED
 
 
+def check_reference(metrics: Collection[str], extractor: str, reference: ImageStatistics | None) -> None:
+    """Whether these metrics can be computed against a reference.
+
+    Raises:
+        DataError: it lacks a part, or was measured with another extractor.
+    """
+    for metric in metrics:
+        if metric != "is" and (reference is None or PARTS_OF[metric] not in reference.parts):
+            held = "there is none" if reference is None else f"it holds {', '.join(sorted(reference.parts))}"
+            raise DataError(f"The metric {metric} needs {PARTS_OF[metric]} of the reference, and {held}.")
+    if reference is not None and reference.extractor != extractor:
+        raise DataError(
+            f"One extractor must have made the statistics of both sides, and the reference is of {reference.extractor}"
+            f" and the images of {extractor}; measure the reference again."
+        )
+
+
 def compute(
     metrics: Collection[str],
     generated: ImageStatistics,
@@ -223,15 +245,10 @@ def compute(
     Raises:
         DataError: the sides were measured with different extractors, have too few images, or one lacks a part.
     """
-    sides = [generated] if reference is None else [generated, reference]
-    names = {side.extractor for side in sides}
-    if len(names) > 1:
-        raise DataError(f"Statistics can be compared if one extractor made both, not {' and '.join(sorted(names))}.")
+    check_reference(metrics, generated.extractor, reference)
 
     def part(side: ImageStatistics | None, metric: str) -> Any:
-        if side is None or PARTS_OF[metric] not in side.parts:
-            held = "there is none" if side is None else f"it holds {', '.join(sorted(side.parts))}"
-            raise DataError(f"The metric {metric} needs {PARTS_OF[metric]} of the reference, and {held}.")
+        assert side is not None
         return side.parts[PARTS_OF[metric]]
 
     figures: dict[str, float] = {}

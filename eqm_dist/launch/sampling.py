@@ -3,10 +3,10 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ UNIT = 1024
 """Most images of a unit, which is what a kill can cost an actor."""
 UNITS_PER_ACTOR = 4
 GRID_CLASSES, GRID_COLUMNS = 10, 10
+
+Result = TypeVar("Result")
 
 
 def draw(
@@ -70,7 +72,7 @@ def draw(
         missing = images.missing()
         started, drawn = time.monotonic(), sum(unit.stop - unit.start for unit in missing)
         progress = Progress("drew", samples, done=samples - drawn)
-        for unit, _ in _run(DrawUnit(model, images, labels, seed, batch), missing, launcher, actors):
+        for unit, _ in run_units(DrawUnit(model, images, labels, seed, batch), missing, launcher, actors):
             progress.add(unit.stop - unit.start)
         seconds = time.monotonic() - started
         images.finish({**settings, "samples": samples, "images_per_s": drawn / seconds, **provenance()})
@@ -94,7 +96,10 @@ class DrawUnit:
         self.images.write(unit, drawn.images.cpu().numpy(), labels.numpy(), drawn.nfe.cpu().numpy())
 
 
-def _run(work: DrawUnit, units: Sequence[Unit], launcher: str, actors: int | None) -> Iterator[tuple[Unit, Any]]:
+def run_units(
+    work: Callable[[Unit, torch.device], Result], units: Sequence[Unit], launcher: str, actors: int | None
+) -> Iterator[tuple[Unit, Result]]:
+    """Each unit with what ``work`` made of it, in any order, by the actors of a cluster or by this process alone."""
     if launcher == "local":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return ((unit, work(unit, device)) for unit in units)

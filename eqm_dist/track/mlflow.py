@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from eqm_dist.data.storage import atomic_write
-from eqm_dist.errors import TrackingError
+from eqm_dist.errors import ConfigError, TrackingError
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,32 @@ def close_run(run: MlflowRun, status: str) -> None:
             client.set_terminated(run.run_id, status)
     except TrackingError as error:
         logger.warning("warning: %s", error)
+
+
+def recorded_run(run_directory: Path) -> MlflowRun:
+    """The MLflow run in which a training was recorded.
+
+    Raises:
+        ConfigError: the directory is not that of a run, or it was not recorded in MLflow.
+    """
+    record = run_directory / ID_FILE
+    if not record.exists():
+        raise ConfigError(
+            f"An MLflow run is known to the directory of a run that was trained with track.mlflow=true, and"
+            f" {run_directory} has no {ID_FILE}; correct the directory, or leave out --mlflow."
+        )
+    return MlflowRun(**json.loads(record.read_bytes()))
+
+
+def log_metrics(run: MlflowRun, step: int, metrics: Mapping[str, float]) -> None:
+    """Add metric values to a run that may have ended long ago.
+
+    Raises:
+        TrackingError: the server does not answer, or no longer knows the run.
+    """
+    with _answers(run.tracking_uri, run.timeout_s) as client:
+        for name, value in metrics.items():
+            client.log_metric(run.run_id, name, value, step=step)
 
 
 class MlflowTracker:

@@ -1,0 +1,209 @@
+"""``pipelines/evaluate.py``: figures of images and of models, the same by any route, with their records."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eqm_dist.errors import ConfigError, DataError
+from eqm_dist.evaluate.features import load_digit_classifier
+from eqm_dist.evaluate.statistics import MetricSettings, compute, image_statistics, parts_of
+from eqm_dist.evaluate.train_classifier import digits
+from eqm_dist.track.mlflow import MlflowRun
+from pipelines.evaluate import METRICS, main
+from pipelines.sample import main as sample
+from tests import tiny
+
+SCRIPT = Path(__file__).parent.parent / "pipelines" / "evaluate.py"
+OWN = """
+import torch
+
+class Pixels(torch.nn.Module):
+    id = "pixels"
+    num_features = 16
+    image_shape = (4, 4, 1)
+    def forward(self, images):
+        return images.flatten(1).double() / 255
+    spatial = forward
+    def logits(self, images):
+        return self(images)[:, :3]
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run that was recorded in MLflow, and an extractor of one's own."""
+    root = tmp_path_factory.mktemp("evaluate")
+    shards = tiny.write_blots(root / "data" / "blots")
+    options = {"optimizer.learning_rate": 0.05, "train.steps": 30, "checkpoint.every": 30, "train.log_every": 30}
+    outcome = tiny.train(*tiny.flags(tiny.overrides(root, shards, **options, **{"track.mlflow": True})))
+    assert outcome.code == 0, outcome.err
+    (root / "command_extractor.py").write_text(OWN)
+    sys.path.insert(0, str(root))
+    return root
+
+
+def evaluate(root: Path, *arguments: str, out: str = "out.jsonl") -> tuple[dict[str, dict[str, Any]], str]:
+    """The records of one call by metric, and what it printed."""
+    path = root / out
+    path.unlink(missing_ok=True)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        main(["--launcher", "local", "--cache", str(root / "cache"), "--out", str(path), *arguments])
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return {record["metric"]: record for record in records}, printed.getvalue()
+
+
+def test_figures_of_images_are_those_of_their_pixels(tmp_path: Path) -> None:
+    images, _ = digits()
+    (tmp_path / "generated" / "deep").mkdir(parents=True)
+    for index, image in enumerate(images[:300].numpy()):
+        Image.fromarray(image[..., 0]).save(tmp_path / "generated" / "deep" / f"{index:04d}.png")
+    np.savez(tmp_path / "reference.npz", images[300:700].numpy())
+    metrics = [metric for metric in METRICS if metric != "sfid"]
+    flags = ["--reference", str(tmp_path / "reference.npz"), "--extractor", "digits", "--kid-subset-size", "200"]
+    records, printed = evaluate(
+        tmp_path, "--images", str(tmp_path / "generated"), "--metrics", ",".join(metrics), "--batch", "7", *flags
+    )
+
+    sides = [
+        image_statistics(load_digit_classifier(), part.split(7), parts=parts_of(metrics))
+        for part in (images[:300], images[300:700])
+    ]
+    expected = compute(metrics, sides[0], sides[1], MetricSettings(kid_subset_size=200))
+    assert list(records) == metrics
+    for metric in metrics:
+        record = records[metric]
+        # The float32 features of an image depend on the images beside it in a batch, by 1e-7 of their size.
+        assert record["value"] == pytest.approx(expected[metric], rel=1e-4), metric
+        assert f"{metric} " in printed
+        assert (record["samples"], record["reference_samples"]) == (300, 400)
+        assert record["extractor"] == load_digit_classifier().id
+        assert record["reference"].endswith("reference.npz")
+        assert record["versions"]["torch"] == torch.__version__
+        assert {"labels", "sampler", "nfe", "seed", "commit"} <= record.keys()
+    assert records["kid"]["std"] == pytest.approx(expected["kid_std"], rel=1e-4)
+    assert records["kid"]["settings"] == {"kid_subsets": 100, "kid_subset_size": 200, "seed": 2020}
+    assert records["fid"]["settings"] == {}
+
+
+def test_a_model_gives_the_figures_of_the_images_that_it_draws(root: Path) -> None:
+    metrics, own = ",".join(METRICS), ["--extractor", "command_extractor:Pixels", "--kid-subset-size", "20"]
+    drawing = ["--model", str(root / "tiny"), "--samples", "90", "--seed", "5", "--labels", "random"]
+    drawing += ["--evaluation.sampler.evaluations", "6"]
+    directly, printed = evaluate(root, *drawing, "--metrics", metrics, *own, "--batch", "32")
+    sample([*drawing, "--out", str(root / "drawn"), "--launcher", "local", "--batch", "32", "--format", "npz"])
+    reference = str(root / "data" / "blots")
+    kept, _ = evaluate(root, "--images", str(root / "drawn"), "--reference", reference, "--metrics", metrics, *own)
+    assert list(directly) == list(kept) == list(METRICS)
+    for metric, record in directly.items():
+        # A pixel may round to its neighbour's value where the units that were drawn together differ.
+        assert record["value"] == pytest.approx(kept[metric]["value"], rel=1e-3, abs=1e-6), metric
+        for name in ("samples", "labels", "sampler", "nfe", "seed", "step", "weights_sha256", "extractor"):
+            assert record[name] == kept[metric][name], name
+    record = directly["fid"]
+    assert (record["samples"], record["labels"], record["seed"], record["step"]) == (90, "random", 5, 30)
+    assert record["nfe"] == {"mean": 6, "min": 6, "max": 6}
+    assert record["reference"] == reference  # what it was trained on
+    assert record["reference_samples"] == 48
+    assert "90 of" in printed
+    assert directly["fid"]["value"] == pytest.approx(directly["sfid"]["value"])  # here one is the other
+
+
+def test_a_reference_is_measured_once_and_may_be_kept_by_name(root: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "images.npz", np.random.default_rng(1).integers(0, 256, (40, 4, 4, 1), dtype=np.uint8))
+    np.savez(tmp_path / "reference.npz", np.random.default_rng(2).integers(0, 256, (50, 4, 4, 1), dtype=np.uint8))
+    common = ["--images", str(tmp_path / "images.npz"), "--extractor", "command_extractor:Pixels"]
+    saved = tmp_path / "reference.safetensors"
+    measured, _ = evaluate(
+        tmp_path, *common, "--reference", str(tmp_path / "reference.npz"), "--save-reference", str(saved)
+    )
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    cached, _ = evaluate(tmp_path, *common, "--reference", str(tmp_path / "reference.npz"))
+    (tmp_path / "reference.npz").unlink()
+    named, _ = evaluate(tmp_path, *common, "--reference", str(saved))
+    assert measured["fid"]["value"] == cached["fid"]["value"] == named["fid"]["value"]
+    assert named["fid"]["reference"] == f"{saved} ({tmp_path / 'reference.npz'})"
+    with pytest.raises(DataError, match=r"precision needs features\.rows of the reference"):
+        evaluate(tmp_path, *common, "--reference", str(saved), "--metrics", "precision")
+    with pytest.raises(DataError, match=r"reference is of .*pixels, .* and the images of classifier"):
+        evaluate(tmp_path, "--images", str(root / "digits.npz"), "--extractor", "digits", "--reference", str(saved))
+
+
+@pytest.fixture(autouse=True)
+def some_digits(root: Path) -> None:
+    np.savez(root / "digits.npz", digits()[0][:30].numpy())
+
+
+def test_figures_reach_the_mlflow_record_of_the_run(root: Path) -> None:
+    from mlflow import MlflowClient
+
+    records, _ = evaluate(
+        root, "--model", str(root / "tiny"), "--samples", "60", "--extractor", "command_extractor:Pixels",
+        "--metrics", "fid,precision", "--mlflow", str(root / "tiny"),
+    )  # fmt: skip
+    run = MlflowRun(**json.loads((root / "tiny" / "mlflow.json").read_bytes()))
+    client = MlflowClient(run.tracking_uri)
+    for metric, record in records.items():
+        (point,) = client.get_metric_history(run.run_id, f"eval/{metric}_Pixels")
+        assert (point.value, point.step) == (record["value"], 30)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("--images digits.npz --extractor digits", "compare with a reference; add --reference"),
+        ("--images digits.npz --seed 3", "--seed has no effect on --images"),
+        ("--images digits.npz --evaluation.sampler.evaluations 9", "--evaluation.sampler.evaluations has no effect"),
+        ("--images digits.npz --reference digits.npz --metrics fid,fit", "received 'fit'"),
+        ("--images digits.npz --reference digits.npz --save-reference x", r"must end in \.safetensors"),
+        (
+            "--images digits.npz --extractor digits --metrics is --save-reference x.safetensors",
+            "--save-reference has no effect with --metrics is",
+        ),
+        ("--images digits.npz --reference digits.npz --extractor digits --metrics sfid", "need spatial"),
+        ("--images digits.npz --reference digits.npz --extractor digits --metrics kid", "subsets of 1000 images"),
+        ("--images digits.npz --reference digits.npz --extractor digits --mlflow absent", "has no mlflow.json"),
+        ("--images digits.npz --reference digits.npz --extractor digits --resolution 4", "resolution has no effect"),
+        ("--images digits.npz --reference digits.npz --extractor digits --extractor-weights x", "received some for"),
+    ],
+)
+def test_bad_input_is_one_sentence(root: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, reason: str) -> None:
+    monkeypatch.chdir(root)
+    with pytest.raises((ConfigError, DataError), match=reason):
+        evaluate(root, *arguments.split())
+
+
+def test_the_command_leaves_with_its_exit_codes(root: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(SCRIPT), *arguments]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, env={**os.environ})
+
+    help = run("--help")
+    assert help.returncode == 0
+    assert "--kid-subset-size" in help.stdout
+    wrong = run("--images", "digits.npz", "--metric", "fid")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith("error: --metric is not an option")
+    assert wrong.stderr.count("\n") == 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_actors_change_no_figure(root: Path) -> None:
+    own = ["--extractor", "digits", "--metrics", "fid,is", "--reference", str(root / "digits.npz")]
+    alone, _ = evaluate(root, "--images", str(root / "digits.npz"), *own)
+    together, _ = evaluate(
+        root, "--images", str(root / "digits.npz"), *own, "--launcher", "ray", "--actors", "2", "--cache", "none"
+    )
+    for metric, record in alone.items():
+        assert together[metric]["value"] == pytest.approx(record["value"], rel=1e-4, abs=1e-6)  # float32 features

@@ -1,0 +1,156 @@
+"""Sets of images from every kind of place: the same pixels from each, whatever is read at once."""
+
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eqm_dist.data.image_set import open_image_set
+from eqm_dist.errors import ConfigError, DataError, StorageError
+from eqm_dist.evaluate.images import Images, open_images
+from tests import images as pictures
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (11, 6, 5, 3), dtype=np.uint8)
+
+
+def read(images: Images, batch: int = 4) -> np.ndarray:
+    return torch.cat(list(images.read(0, len(images), batch))).numpy()
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory, pixels: np.ndarray) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("images")
+    (root / "folder" / "deep").mkdir(parents=True)
+    members: dict[str, bytes] = {}
+    for index, image in enumerate(pixels):
+        file = root / "folder" / ("deep" if index < 4 else "") / f"img{index:02d}.png"  # deep/ sorts before img
+        Image.fromarray(image).save(file)
+        members[f"{index:02d}.png"] = file.read_bytes()
+        members[f"{index:02d}.txt"] = b"a caption"
+    (root / "folder" / "notes.txt").write_text("no image")
+    (root / "tars").mkdir()
+    names = list(members)
+    pictures.write_tar(root / "tars" / "0.tar", {name: members[name] for name in names[:10]})
+    pictures.write_tar(root / "tars" / "1.tar", {name: members[name] for name in names[10:]})
+    np.savez(root / "plain.npz", pixels)
+    np.savez_compressed(root / "packed.npz", arr_0=pixels, arr_1=np.arange(11))
+    return {
+        "folder": str(root / "folder"),
+        "tars": str(root / "tars"),
+        "glob": str(root / "tars" / "*.tar"),
+        "plain": str(root / "plain.npz"),
+        "packed": str(root / "packed.npz"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["folder", "tars", "glob", "plain", "packed"])
+@pytest.mark.parametrize("batch", [1, 4, 100])
+def test_every_place_gives_the_same_pixels(places: dict[str, str], pixels: np.ndarray, kind: str, batch: int) -> None:
+    images = open_images(places[kind])
+    assert len(images) == 11
+    np.testing.assert_array_equal(read(images, batch), pixels)
+    copy = pickle.loads(pickle.dumps(images))  # as an actor gets it
+    np.testing.assert_array_equal(torch.cat(list(copy.read(3, 8, batch))).numpy(), pixels[3:8])
+
+
+@pytest.mark.parametrize("kind", ["png", "tar", "npz"])
+def test_what_sample_writes_is_read(tmp_path: Path, pixels: np.ndarray, kind: str) -> None:
+    written = open_image_set(tmp_path / "set", {"seed": 0}, kind, 11, 4)  # pyright: ignore[reportArgumentType]
+    for unit in written.units():
+        count = unit.stop - unit.start
+        written.write(unit, pixels[unit.start : unit.stop], np.zeros(count, np.int64), np.ones(count, np.int64))
+    written.finish({})
+    Image.new("RGB", (50, 50)).save(tmp_path / "set" / "grid.png")  # as the command leaves it
+    np.testing.assert_array_equal(read(open_images(str(tmp_path / "set"))), pixels)
+
+
+def test_shards_give_their_images(tmp_path: Path) -> None:
+    images = open_images(str(tiny.write_blots(tmp_path / "blots")))
+    expected = np.stack([sample.image for sample in tiny.Blots().read(0, 48)])
+    np.testing.assert_array_equal(read(images, 7), expected)
+    copy = pickle.loads(pickle.dumps(images))
+    np.testing.assert_array_equal(torch.cat(list(copy.read(40, 48, 3))).numpy(), expected[40:])
+
+
+@pytest.mark.parametrize("kind", ["folder", "tars", "plain"])
+def test_the_content_decides_the_identity(tmp_path: Path, places: dict[str, str], kind: str) -> None:
+    source, moved = Path(places[kind]), tmp_path / f"moved{Path(places[kind]).suffix}"
+    (shutil.copytree if source.is_dir() else shutil.copy)(source, moved)
+    identity = open_images(str(moved)).content_id()
+    assert identity == open_images(places[kind]).content_id()
+    if kind == "plain":
+        array = np.load(moved)["arr_0"]
+        array[5, 0, 0, 0] ^= 1
+        np.savez(moved, array)
+    else:
+        file = next(moved.rglob("*.png" if kind == "folder" else "*.tar"))
+        content = bytearray(file.read_bytes())
+        content[600 if kind == "tars" else -20] ^= 1  # within the first picture
+        file.write_bytes(content)
+    assert open_images(str(moved)).content_id() != identity
+
+
+def test_how_files_are_read_is_part_of_the_identity(places: dict[str, str]) -> None:
+    whole, grey, cropped = (
+        open_images(places["folder"], **how) for how in ({}, {"channels": 1}, {"channels": 3, "resolution": 5})
+    )
+    assert len({images.content_id() for images in (whole, grey, cropped)}) == 3
+    assert read(grey).shape == (11, 6, 5, 1)
+    assert read(cropped).shape == (11, 5, 5, 3)
+
+
+def test_bad_images_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    Image.new("RGB", (9, 7)).save(folder / "b.png")
+    with pytest.raises(DataError, match=r"one size, and .*mixed holds 8x8 and 9x7; give a resolution"):
+        read(open_images(str(folder)))
+    assert read(open_images(str(folder), resolution=6)).shape == (2, 6, 6, 3)
+    (folder / "b.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"b\.png of .*mixed cannot be decoded"):
+        read(open_images(str(folder)))
+
+
+def test_what_holds_no_images_is_refused(tmp_path: Path, pixels: np.ndarray) -> None:
+    (tmp_path / "empty").mkdir()
+    for location in (tmp_path / "empty", tmp_path / "absent"):
+        with pytest.raises(DataError, match="holds none; correct the path"):
+            open_images(str(location))
+    np.savez(tmp_path / "other.npz", images=pixels)
+    np.savez(tmp_path / "floats.npz", pixels.astype(np.float32))
+    np.savez(tmp_path / "objects.npz", np.array([{}, []], dtype=object))
+    (tmp_path / "text.npz").write_text("no zip")
+    for name, reason in (
+        ("other", "with the array arr_0"),
+        ("floats", r"uint8 \[N, H, W, C\], and is float32 \[11, 6, 5, 3\]"),
+        ("objects", r"uint8 \[N, H, W, C\], and is object \[2\]"),
+        ("text", "whole .npz"),
+    ):
+        with pytest.raises(DataError, match=reason):
+            open_images(str(tmp_path / f"{name}.npz"))
+    with pytest.raises(StorageError, match=r"absent\.npz: No such file"):
+        open_images(str(tmp_path / "absent.npz"))
+
+
+def test_a_damaged_npz_is_refused(tmp_path: Path, pixels: np.ndarray) -> None:
+    path = tmp_path / "images.npz"
+    np.savez(path, pixels)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"whole \.npz"):
+        read(open_images(str(path)))
+
+
+def test_a_resolution_is_for_files_and_tars(places: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"no effect on .*plain\.npz"):
+        open_images(places["plain"], resolution=4)
