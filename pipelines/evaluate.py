@@ -88,7 +88,7 @@ def main(arguments: Sequence[str]) -> None:
     judge = Judge(
         extractor=options.extractor or (trained.extractor if trained else "inception"),
         weights=options.extractor_weights or (trained.extractor_weights if trained and not options.extractor else None),
-        metrics=options.metrics.split(","),
+        metrics=[metric.strip() for metric in options.metrics.split(",")],
         settings=MetricSettings(kid_subsets=options.kid_subsets, kid_subset_size=options.kid_subset_size),
         batch=options.batch,
         launcher=options.launcher,

@@ -171,7 +171,11 @@ def test_figures_reach_the_mlflow_record_of_the_run(root: Path) -> None:
             "--save-reference has no effect with --metrics is",
         ),
         ("--images digits.npz --reference digits.npz --extractor digits --metrics sfid", "need spatial"),
-        ("--images digits.npz --reference digits.npz --extractor digits --metrics kid", "subsets of 1000 images"),
+        (
+            "--images digits.npz --reference digits.npz --extractor digits --metrics kid",
+            "kid needs at least 1000 images, got 30",
+        ),
+        ("--model tiny --samples 9 --extractor digits --reference digits.npz --metrics is", "is needs at least 10"),
         ("--images digits.npz --reference digits.npz --extractor digits --mlflow absent", "has no mlflow.json"),
         ("--images digits.npz --reference digits.npz --extractor digits --resolution 4", "resolution has no effect"),
         ("--images digits.npz --reference digits.npz --extractor digits --extractor-weights x", "received some for"),

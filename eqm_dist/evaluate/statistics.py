@@ -211,6 +211,20 @@ class MetricSettings:
     seed: int = SEED
 
 
+def check_count(metrics: Collection[str], settings: MetricSettings, count: int) -> None:
+    """Whether so many images are enough for these metrics, before hours are spent on measuring them.
+
+    Raises:
+        DataError: they are too few.
+    """
+    fewest = {"kid": settings.kid_subset_size, "is": settings.is_splits, "fid": 2, "sfid": 2}
+    for metric in metrics:
+        needed = fewest.get(metric, settings.neighbours + 1)
+        if count < needed:
+            remedy = " or lower --kid-subset-size" if metric == "kid" else ""
+            raise DataError(f"The metric {metric} needs at least {needed} images, got {count}; bring more{remedy}.")
+
+
 def check_reference(metrics: Collection[str], extractor: str, reference: ImageStatistics | None) -> None:
     """Whether these metrics can be computed against a reference.
 

@@ -23,6 +23,7 @@ from eqm_dist.evaluate.references import cached_statistics, load_statistics, pub
 from eqm_dist.evaluate.statistics import (
     ImageStatistics,
     MetricSettings,
+    check_count,
     check_reference,
     compute,
     image_statistics,
@@ -97,7 +98,9 @@ class Judge:
         Raises:
             EqmDistError: one sentence for the user.
         """
-        statistics = self._measure(self._open(location), parts_of(self.metrics))
+        images = self._open(location)
+        check_count(self.metrics, self.settings, len(images))
+        statistics = self._measure(images, parts_of(self.metrics))
         return self._records(statistics, reference, images=location, **_written_beside(location))
 
     def model(
@@ -115,6 +118,7 @@ class Judge:
         Raises:
             EqmDistError: one sentence for the user.
         """
+        check_count(self.metrics, self.settings, samples)
         labels_of(labels, torch.arange(1), model.config.data.num_classes, seed)
         model.decoder  # noqa: B018 (fails here, in one sentence, and not on every actor)
         self._loaded()
@@ -144,10 +148,11 @@ class Judge:
         Raises:
             EqmDistError: one sentence for the user.
         """
-        parts = parts_of(metric for metric in self.metrics if metric != "is")
         parts_of(self.metrics)
-        if not parts:
+        compared = [metric for metric in self.metrics if metric != "is"]
+        if not compared:
             return None
+        parts = parts_of(compared)
         if location is None:
             raise ConfigError(f"The metrics {', '.join(self.metrics)} compare with a reference; add --reference.")
         extractor = self._loaded()
@@ -163,6 +168,7 @@ class Judge:
         if not missing:
             return Reference(location, ImageStatistics(name_of(extractor), None, given))
         images = self._open(location)
+        check_count(compared, self.settings, len(images))
         measure = partial(self._measure, images, missing)
         measured = cached_statistics(images, extractor, missing, measure, self.cache) if self.cache else measure()
         return Reference(location, replace(measured, parts={**measured.parts, **given}))
