@@ -5,7 +5,7 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,6 +57,7 @@ from eqm_dist.track.mlflow import MlflowRun, MlflowTracker
 from eqm_dist.train.checkpoint import Checkpoints
 from eqm_dist.train.distributed import all_reduce_sum, from_rank_zero, rank, world_size
 from eqm_dist.train.engine import Engine, TorchEngine
+from eqm_dist.train.evaluations import SCORE, Evaluations
 from eqm_dist.train.loop import Run
 from eqm_dist.train.meters import peak_flops
 from eqm_dist.train.optimizer import EmaAdamW, ema_key
@@ -68,6 +69,7 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 
 CHECKPOINTS = "checkpoints"
+EVALUATIONS = "evaluations"
 DISPERSIVE_GROUP = 32
 
 DEFAULT_STEP_SIZE = 0.003
@@ -124,7 +126,7 @@ def build_run(
     )
     engine = _build_engine(config, Objective(model, loss), device, micro_batch, grad_accum)
 
-    checkpoints = Checkpoints(opened.directory / CHECKPOINTS, config.checkpoint.keep)
+    checkpoints, evaluations = build_checkpoints(opened)
     latest = from_rank_zero(checkpoints.latest())
     state = TrainState(checkpoints.load(latest, engine, shapes) if latest else 0)
 
@@ -146,10 +148,12 @@ def build_run(
             shape=config.optimizer.schedule,
         ),
         checkpoints=checkpoints,
-        evaluate=build_evaluator(config, opened.directory, reader, build_autoencoder(reader.manifest), device)
-        if config.evaluation.every and isinstance(reader, ShardReader)  # a mixture is not evaluated
+        evaluate=build_evaluator(config, opened.directory, reader, device)
+        # A mixture is not evaluated, and what is evaluated apart not here.
+        if config.evaluation.every and isinstance(reader, ShardReader) and not config.evaluation.apart
         else None,
-        tracker=_build_tracker(opened, state.step) if rank() == 0 else None,
+        evaluations=evaluations,
+        tracker=open_tracker(opened, evaluations, state.step) if rank() == 0 else None,
         shapes=shapes,
         frozen=frozen,
         ema_state=ema_key(config.optimizer.ema_decays[0]),
@@ -159,7 +163,6 @@ def build_run(
         grad_accum=grad_accum,
         log_every=config.train.log_every,
         save_every=config.checkpoint.every,
-        evaluate_every=config.evaluation.every,
         flops_per_image=training_flops_per_image(forward_macs(**_shape_arguments(config))),
         peak_flops=peak_flops(device, config.train.precision, world),
         on_checkpoint=on_checkpoint,
@@ -478,9 +481,24 @@ def build_evaluator(
     )
 
 
-def _build_tracker(opened: OpenRun, resume_step: int) -> CompositeTracker:
+def build_checkpoints(opened: OpenRun) -> tuple[Checkpoints, Evaluations]:
+    """The checkpoints of a run and the evaluations that say which of them are worth keeping."""
+    config = opened.config
+    evaluations = Evaluations(opened.directory / EVALUATIONS, config.evaluation.every, config.train.steps)
+
+    def also_keep(steps: Sequence[int]) -> set[int]:
+        awaited = evaluations.awaited(steps) if config.evaluation.apart else []
+        return {*awaited, *evaluations.best(steps, config.checkpoint.keep_best)}
+
+    return Checkpoints(opened.directory / CHECKPOINTS, config.checkpoint.keep, also_keep), evaluations
+
+
+def open_tracker(opened: OpenRun, evaluations: Evaluations, resume_step: int) -> CompositeTracker:
+    """The record of a run that starts or resumes at a step; what it knows of the evaluations already is no news."""
     file = opened.directory / METRICS_FILE
     trackers: list[Any] = [JsonlTracker(file, resume_step)]  # first: it drops the steps that are done again
     if opened.mlflow is not None:
         trackers.append(MlflowTracker(opened.mlflow, read_metrics(file)))
+    evaluations.restart(resume_step)
+    evaluations.seen(line["step"] for line in read_metrics(file) if SCORE in line)
     return CompositeTracker(trackers)

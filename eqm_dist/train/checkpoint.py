@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,10 +66,12 @@ class Checkpoints:
     Attributes:
         directory: holds one directory per checkpoint.
         keep: number of newest checkpoints to keep.
+        also_keep: which of the steps that have one are kept besides.
     """
 
     directory: Path
     keep: int
+    also_keep: Callable[[Sequence[int]], Collection[int]] = lambda steps: ()
 
     def path(self, step: int) -> Path:
         """Directory of the checkpoint after ``step`` updates."""
@@ -78,6 +80,10 @@ class Checkpoints:
     def whole(self) -> list[Path]:
         """All whole checkpoints, oldest first. Only the marker counts."""
         return sorted(marker.parent for marker in self.directory.glob(f"step_*/{MARKER}"))
+
+    def steps(self) -> list[int]:
+        """The steps of all whole checkpoints, in order."""
+        return [int(path.name.removeprefix("step_")) for path in self.whole()]
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint."""
@@ -124,7 +130,8 @@ class Checkpoints:
         except StorageError as error:
             self._all_or_none(step, error)
         self._all_or_none(step, {})
-        self._retire()
+        if rank() == 0:
+            self.retire()
         return target
 
     def load(self, path: Path, engine: Engine, shapes: Mapping[str, torch.Size]) -> int:
@@ -164,12 +171,13 @@ class Checkpoints:
             raise StorageError(f"Saving step {step:,} failed on rank {at}: {error} Nothing was lost: {good}.")
         return {name: record for part in outcomes for name, record in part.items()}
 
-    def _retire(self) -> None:
-        """Remove all but the newest checkpoints, and what killed saves and removals left behind."""
-        if rank() == 0:
-            for old in set(self.directory.glob("step_*")) - set(self.whole()[-self.keep :]):
-                (old / MARKER).unlink(missing_ok=True)  # first: a half-removed checkpoint is not a checkpoint
-                shutil.rmtree(old, ignore_errors=True)
+    def retire(self) -> None:
+        """Remove the checkpoints that are not to be kept, and what killed saves and removals left behind."""
+        steps = self.steps()
+        kept = {self.path(step) for step in {*steps[-self.keep :], *self.also_keep(steps)}}
+        for old in set(self.directory.glob("step_*")) - kept:
+            (old / MARKER).unlink(missing_ok=True)  # first: a half-removed checkpoint is not a checkpoint
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def read_marker(path: Path) -> dict[str, Any]:

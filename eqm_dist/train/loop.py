@@ -18,6 +18,7 @@ from eqm_dist.logs import clock
 from eqm_dist.train.checkpoint import Checkpoints, whole_state
 from eqm_dist.train.distributed import rank
 from eqm_dist.train.engine import Engine
+from eqm_dist.train.evaluations import Evaluations
 from eqm_dist.train.meters import Interval, Meters
 from eqm_dist.train.schedule import LearningRateSchedule
 from eqm_dist.train.state import TrainState
@@ -58,7 +59,7 @@ class Run:
         loader: this rank's share of every global batch.
         schedule: learning rate by step.
         checkpoints: where state is saved.
-        evaluate: measures the averaged weights, or None.
+        evaluate: measures the averaged weights; None where nobody does, or a task apart.
         tracker: the record; None except on rank 0.
         shapes: shape of each trained parameter.
         frozen: parameters that are not trained, by name; exported beside the average.
@@ -67,7 +68,8 @@ class Run:
         steps: number of updates in all.
         global_batch: samples per update over all ranks.
         grad_accum: micro-batches per update; the same on every rank.
-        log_every, save_every, evaluate_every: steps between.
+        evaluations: the results of evaluations, and which steps are due.
+        log_every, save_every: steps between.
         flops_per_image: training FLOPs of one image, for the utilisation.
         peak_flops: what the device could do at best, over all ranks; None if unknown.
         on_checkpoint: called on every rank after a checkpoint is whole.
@@ -86,9 +88,9 @@ class Run:
     steps: int
     global_batch: int
     grad_accum: int
+    evaluations: Evaluations
     log_every: int
     save_every: int
-    evaluate_every: int
     flops_per_image: float
     peak_flops: float | None = None
     on_checkpoint: Callable[[Path, int], None] = lambda path, step: None
@@ -119,7 +121,7 @@ def train(run: Run) -> None:
         meters.add(run.state.step, loss, grad_norm, data_wait_s)
         run.state.step += 1
 
-        saves, evaluates = run.due(run.save_every), run.evaluate is not None and run.due(run.evaluate_every)
+        saves, evaluates = run.due(run.save_every), run.evaluate is not None and run.evaluations.due(run.state.step)
         if saves or evaluates or run.due(run.log_every):
             _report(run, meters.report())
         # An evaluation comes before the save of its step: whoever resumes there has its figures already.
@@ -175,6 +177,7 @@ def _report(run: Run, interval: Interval) -> None:
         f"{step:{width},}", f"{run.steps:,}", interval.loss, interval.grad_norm, f"{images_per_s:,.0f}",
         clock((run.steps - step) * interval.step_s),
     )  # fmt: skip
+    log_evaluations(run.evaluations, run.tracker)
 
 
 def _evaluate(run: Run, weights: Mapping[str, Tensor]) -> None:
@@ -182,12 +185,23 @@ def _evaluate(run: Run, weights: Mapping[str, Tensor]) -> None:
     started = time.perf_counter()
     metrics, pictures = run.evaluate(weights, run.state.step)
     if run.tracker is not None:
-        seconds = time.perf_counter() - started
-        run.tracker.log(run.state.step, {**metrics, "time/evaluation_s": seconds})
-        for picture in pictures:
-            run.tracker.log_image(run.state.step, picture.stem.split("_step")[0], picture)
+        run.evaluations.write(run.state.step, metrics, pictures, time.perf_counter() - started)
+        log_evaluations(run.evaluations, run.tracker)
+
+
+def log_evaluations(evaluations: Evaluations, tracker: Tracker) -> None:
+    """Bring the evaluations that have ended since this was last called into the record."""
+    for record in evaluations.news():
+        step = record["step"]
+        if "failed" in record:
+            logger.warning("warning: the evaluation of step %s failed (%s)", f"{step:,}", record["failed"])
+            continue
+        metrics, seconds = record["metrics"], record["seconds"]
+        tracker.log(step, {**metrics, "time/evaluation_s": seconds})
+        for picture in map(Path, record["pictures"]):
+            tracker.log_image(step, picture.stem.split("_step")[0], picture)
         figures = " | ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
-        logger.info("evaluated step %s in %.0f s | %s", f"{run.state.step:,}", seconds, figures)
+        logger.info("evaluated step %s in %.0f s | %s", f"{step:,}", seconds, figures)
 
 
 def _save(run: Run, weights: Mapping[str, Tensor]) -> None:

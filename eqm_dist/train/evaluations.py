@@ -1,0 +1,90 @@
+"""Results of evaluations, a file a step, whoever made them: the training workers, or a task of its own beside them.
+
+    evaluations/step_00001000.json   {"step": 1000, "metrics": {...}, "pictures": [...], "seconds": 8.1}
+                                     {"step": 1000, "failed": "why"}
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eqm_dist.data.storage import atomic_write, storage_errors
+
+SCORE = "eval/fid"
+"""What makes a checkpoint better than another: lower is better."""
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """The evaluations of one run.
+
+    Attributes:
+        directory: holds one file for each evaluated step.
+        every, last: the steps that are evaluated: multiples of ``every``, and ``last``. 0: none.
+    """
+
+    directory: Path
+    every: int
+    last: int
+    _seen: set[int] = field(default_factory=set, compare=False)
+
+    def due(self, step: int) -> bool:
+        """Whether this step is to be evaluated."""
+        return self.every > 0 and (step % self.every == 0 or step == self.last)
+
+    def write(self, step: int, metrics: Mapping[str, float], pictures: Sequence[Path], seconds: float) -> None:
+        """Record what was measured.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        names = [str(picture) for picture in pictures]
+        self._write(step, {"step": step, "metrics": dict(metrics), "pictures": names, "seconds": seconds})
+
+    def fail(self, step: int, reason: str) -> None:
+        """Record that nothing could be measured, so that nobody waits for it."""
+        self._write(step, {"step": step, "failed": reason})
+
+    def results(self) -> dict[int, dict[str, Any]]:
+        """All records by step, in order."""
+        files = sorted(self.directory.glob("step_*.json"))
+        return {record["step"]: record for record in (json.loads(file.read_bytes()) for file in files)}
+
+    def awaited(self, steps: Iterable[int]) -> list[int]:
+        """Those of the steps that are to be evaluated and have no record yet."""
+        done = self.results()
+        return [step for step in steps if self.due(step) and step not in done]
+
+    def best(self, steps: Iterable[int], number: int) -> set[int]:
+        """Those of the steps with the lowest FIDs, at most ``number``."""
+        results = self.results()
+        scores = {step: results.get(step, {}).get("metrics", {}).get(SCORE) for step in steps}
+        measured = [step for step, score in scores.items() if score is not None]
+        return set(sorted(measured, key=lambda step: scores[step])[:number])
+
+    def restart(self, step: int) -> None:
+        """Forget what a run that resumes at ``step`` does again: later evaluations, and failed ones."""
+        for at, record in self.results().items():
+            if at > step or "failed" in record:
+                self._file(at).unlink(missing_ok=True)
+
+    def news(self) -> Iterator[dict[str, Any]]:
+        """The records that were not there, or not yet seen, when this was asked before."""
+        for step, record in self.results().items():
+            if step not in self._seen:
+                self._seen.add(step)
+                yield record
+
+    def seen(self, steps: Iterable[int]) -> None:
+        """These are no news."""
+        self._seen.update(steps)
+
+    def _file(self, step: int) -> Path:
+        return self.directory / f"step_{step:08d}.json"
+
+    def _write(self, step: int, record: Mapping[str, Any]) -> None:
+        with storage_errors("create", self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        atomic_write(self._file(step), (json.dumps(record, indent=1) + "\n").encode())
