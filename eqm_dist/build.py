@@ -111,7 +111,7 @@ def build_run(
     torch.set_float32_matmul_precision("high" if config.train.precision == "tf32" else "highest")
     grad_accum, micro_batch = plan_batch(config, world)
 
-    reader, order = _build_data(config)
+    reader, order = build_data(config)
     model = build_model(config).to(device)
     shapes = {name: param.shape for name, param in model.named_parameters() if param.requires_grad}
     frozen = {name: param.detach().cpu().clone() for name, param in model.named_parameters() if not param.requires_grad}
@@ -129,6 +129,8 @@ def build_run(
     checkpoints, evaluations = build_checkpoints(opened)
     latest = from_rank_zero(checkpoints.latest())
     state = TrainState(checkpoints.load(latest, engine, shapes) if latest else 0)
+    if rank() == 0:
+        evaluations.restart(state.step)
 
     return Run(
         engine=engine,
@@ -170,7 +172,7 @@ def build_run(
     )
 
 
-def _build_data(config: Config) -> tuple[ShardReader | JoinedReader, SampleOrder | MixedOrder]:
+def build_data(config: Config) -> tuple[ShardReader | JoinedReader, SampleOrder | MixedOrder]:
     """What reads the samples, and the order in which they come."""
     data, seed = config.data, config.run.seed
     limit_bytes = int((data.cache_gib or 64) * 2**30)
@@ -455,9 +457,7 @@ def _build_engine(
     )
 
 
-def build_evaluator(
-    config: Config, directory: Path, reader: ShardReader, autoencoder: Autoencoder, device: torch.device
-) -> Evaluator:
+def build_evaluator(config: Config, directory: Path, reader: ShardReader, device: torch.device) -> Evaluator:
     """What measures a run while it trains. A collective when called, so every rank builds one."""
     model = build_model(config).to(device).eval()
     evaluation = config.evaluation
@@ -467,7 +467,7 @@ def build_evaluator(
         sampler=build_sampler(evaluation.sampler),
         evaluations=evaluation.sampler.evaluations,
         stop=build_stop(evaluation.sampler),
-        autoencoder=autoencoder,
+        autoencoder=build_autoencoder(reader.manifest),
         reader=reader,
         extractor=load_extractor(evaluation.extractor, evaluation.extractor_weights).to(device),
         samples=evaluation.samples,
@@ -499,6 +499,5 @@ def open_tracker(opened: OpenRun, evaluations: Evaluations, resume_step: int) ->
     trackers: list[Any] = [JsonlTracker(file, resume_step)]  # first: it drops the steps that are done again
     if opened.mlflow is not None:
         trackers.append(MlflowTracker(opened.mlflow, read_metrics(file)))
-    evaluations.restart(resume_step)
     evaluations.seen(line["step"] for line in read_metrics(file) if SCORE in line)
     return CompositeTracker(trackers)

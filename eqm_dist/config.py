@@ -322,6 +322,8 @@ class CheckpointConfig(Section):
     """Steps between two checkpoints; the last step is always saved."""
     keep: PositiveInt = 3
     """Number of newest checkpoints to keep."""
+    keep_best: Count = 1
+    """Number of checkpoints with the lowest FID to keep besides; those at steps that are not evaluated have none."""
 
 
 DESCENTS = ("gd", "nag", "adam")
@@ -422,6 +424,10 @@ class EvaluationConfig(Section):
 
     every: Count = 1000
     """Steps between two evaluations; the last step is always evaluated. 0: never evaluate."""
+    apart: bool = False
+    """Evaluate saved checkpoints in a Ray task of its own, on resources that training leaves free, and train on."""
+    cpus: PositiveInt | None = None
+    """CPUs of that task, which also gets a GPU if the workers have any; default 1; apart only."""
     samples: PositiveInt = 1797
     """Images generated for the FID, balanced over the classes."""
     batch: PositiveInt = 256
@@ -435,6 +441,12 @@ class EvaluationConfig(Section):
     """File with the weights of inception; default: fetched at first use; inception only."""
     sampler: SamplerConfig = SamplerConfig()
     """How the images are drawn."""
+
+    @model_validator(mode="after")
+    def _cpus_are_of_the_task(self) -> Self:
+        if self.cpus is not None and not self.apart:
+            raise ValueError(f"cpus={self.cpus} has no effect with apart=false; leave it out or use apart=true")
+        return self
 
 
 class TrackConfig(Section):
@@ -502,6 +514,15 @@ class Config(Section):
                 raise ValueError(str(error).removesuffix(".")) from None
         if self.data.mix and self.evaluation.every:
             raise ValueError("evaluation compares with one data set, and data.mix has several; set evaluation.every=0")
+        if self.evaluation.apart and not self.evaluation.every:
+            raise ValueError("evaluation.apart has no effect with evaluation.every=0; leave it out or raise every")
+        if self.evaluation.apart and self.launch.launcher == "local":
+            raise ValueError("evaluation.apart needs a Ray task, and launch.launcher=local is one process; use ray")
+        if self.evaluation.apart and self.evaluation.every % self.checkpoint.every:
+            raise ValueError(
+                f"evaluation.every={self.evaluation.every} must be a multiple of checkpoint.every="
+                f"{self.checkpoint.every} with evaluation.apart, which evaluates checkpoints; change one of them"
+            )
         if self.launch.launcher == "local" and self.engine.kind == "deepspeed":
             raise ValueError("launch.launcher=local is one plain process; leave out engine.kind=deepspeed or use ray")
         if self.launch.launcher == "local" and self.engine.zero_stage is not None:

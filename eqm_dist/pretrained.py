@@ -116,6 +116,7 @@ class Pretrained:
             latent_shape=self.config.data.latent_shape,
             sampler=build_sampler(sampler),
             evaluations=sampler.evaluations,
+            stop=build_stop(sampler),
             seed=seed,
             decode=self.decoder.decode,
             batch=batch,

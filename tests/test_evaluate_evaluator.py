@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eqm_dist.build import build_autoencoder, build_evaluator, build_model
+from eqm_dist.build import build_evaluator, build_model
 from eqm_dist.config import with_overrides
 from eqm_dist.data.loader import ShardReader
 from eqm_dist.data.shards import digits_shards
@@ -30,7 +30,7 @@ OVERRIDES = {
 def evaluator(shards: Path, directory: Path) -> Evaluator:
     config = with_overrides(digits(), OVERRIDES)
     reader = ShardReader(shards)
-    return build_evaluator(config, directory, reader, build_autoencoder(reader.manifest), torch.device("cpu"))
+    return build_evaluator(config, directory, reader, torch.device("cpu"))
 
 
 def evaluate(rank: int, shards: Path, directory: Path) -> tuple[dict[str, float], list[Path]]:

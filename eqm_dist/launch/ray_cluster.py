@@ -18,11 +18,12 @@ _MOST_CPU_WORKERS = 4  # beyond that, exchanging gradients on a CPU costs more t
 
 @dataclass(frozen=True)
 class Offer:
-    """What one worker gets, and how many there are."""
+    """What one worker gets, how many there are, and what is left for an evaluation apart."""
 
     workers: int
     cpus_per_worker: int
     use_gpu: bool
+    evaluation_cpus: int = 0
 
 
 @contextmanager
@@ -61,20 +62,27 @@ def _no_cluster(address: str, error: Exception) -> LaunchError:
     )
 
 
-def offer(workers: int | None, cpus_per_worker: int | None) -> Offer:
-    """Divide what the cluster has: one worker per GPU; without GPUs one per core, at most four, sharing all cores."""
+def offer(workers: int | None, cpus_per_worker: int | None, evaluation_cpus: int = 0) -> Offer:
+    """Divide what the cluster has: one worker per GPU; without GPUs one per core, at most four, sharing all cores.
+
+    With ``evaluation_cpus`` so many CPUs, and a GPU if there are any, stay free for an evaluation apart.
+    """
     resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 1)))
-    workers = workers or gpus or min(cpus, _MOST_CPU_WORKERS)
-    use_gpu = gpus > 0
-    cpus_per_worker = cpus_per_worker or max(1, cpus // workers)
-    if use_gpu and workers > gpus:
+    all_gpus, all_cpus = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 1)))
+    use_gpu = all_gpus > 0
+    gpus, cpus = all_gpus - int(use_gpu and evaluation_cpus > 0), all_cpus - evaluation_cpus
+    besides = f" beside the evaluation apart, which takes {evaluation_cpus} CPUs" if evaluation_cpus else ""
+    besides += " and a GPU" if use_gpu and evaluation_cpus else ""
+    workers = workers or (gpus if use_gpu else min(cpus, _MOST_CPU_WORKERS))
+    if use_gpu and not 1 <= workers <= gpus:
         raise LaunchError(
-            f"launch.workers={workers} must be at most the {gpus} GPUs of the cluster; lower it or add nodes."
+            f"launch.workers={workers} must be from 1 to the {gpus} GPUs of the cluster{besides};"
+            " change it or add nodes."
         )
-    if workers * cpus_per_worker > cpus:
+    cpus_per_worker = cpus_per_worker or max(1, cpus // max(1, workers))
+    if not 1 <= workers * cpus_per_worker <= cpus:
         raise LaunchError(
-            f"launch.workers={workers} with {cpus_per_worker} CPUs each must fit the {cpus} CPUs of the cluster;"
-            " lower launch.workers or launch.cpus_per_worker, or add nodes."
+            f"launch.workers={workers} with {cpus_per_worker} CPUs each must fit the {cpus} CPUs of the"
+            f" cluster{besides}; lower launch.workers or launch.cpus_per_worker, or add nodes."
         )
-    return Offer(workers, cpus_per_worker, use_gpu)
+    return Offer(workers, cpus_per_worker, use_gpu, evaluation_cpus)

@@ -5,7 +5,7 @@ Ray's run directory is ours. Checkpoints are written there in place and only rep
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,15 @@ import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from eqm_dist.build import OpenRun, build_run, plan_batch
-from eqm_dist.config import Config, dump, parse
+from eqm_dist.build import OpenRun, build_checkpoints, build_run, plan_batch
 from eqm_dist.errors import EqmDistError, LaunchError
+from eqm_dist.launch.packed import pack, unpack
 from eqm_dist.launch.ray_cluster import offer
+from eqm_dist.launch.ray_evaluation import evaluation_apart, finish_evaluations
 from eqm_dist.launch.worker import run_to_end
 from eqm_dist.logs import FileFollower, log_file, setup_logging
-from eqm_dist.track.mlflow import MlflowRun
-from eqm_dist.train.distributed import rank
+from eqm_dist.train.distributed import from_rank_zero, rank
+from eqm_dist.train.loop import Run
 
 _COLLECTIVE_TIMEOUT_S = 1800
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -34,11 +35,12 @@ def train(opened: OpenRun) -> None:
         LaunchError: Ray gave up.
     """
     launch = opened.config.launch
-    offered = offer(launch.workers, launch.cpus_per_worker)
+    evaluation_cpus = (opened.config.evaluation.cpus or 1) if opened.config.evaluation.apart else 0
+    offered = offer(launch.workers, launch.cpus_per_worker, evaluation_cpus)
     plan_batch(opened.config, offered.workers)
     trainer = TorchTrainer(
         _worker,
-        train_loop_config=_pack(opened),
+        train_loop_config=pack(opened),
         torch_config=TorchConfig(backend="nccl" if offered.use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=offered.workers,
@@ -51,6 +53,7 @@ def train(opened: OpenRun) -> None:
             failure_config=FailureConfig(max_failures=launch.max_failures),
             callbacks=[_Failures(log_file(opened.directory, 0))],
         ),
+        validation_config=evaluation_apart(opened, offered),
     )
     # Ray's list of an earlier job names checkpoints that were removed since, and Ray refuses to start without them.
     # What there is to resume from is decided by the markers alone.
@@ -63,26 +66,38 @@ def train(opened: OpenRun) -> None:
                 f"Ray gave up on the run {opened.config.run.name}: {str(error).strip().splitlines()[-1]} The workers'"
                 f" logs are in {opened.directory / 'logs'}; run the same command again to resume."
             ) from error
+    if opened.config.evaluation.apart:
+        finish_evaluations(opened)
 
 
 def _worker(packed: dict[str, Any]) -> None:
     """The training function of every worker; Ray calls it anew after each failure."""
-    opened = _unpack(packed)
+    opened = unpack(packed)
     setup_logging(log_file(opened.directory, rank()), console=False)
-    run = build_run(opened, get_device(), _report)
-    if run.state.step:
-        path, registered = run.checkpoints.path(run.state.step), ray.train.get_checkpoint()
-        if registered is None or Path(registered.path).name != path.name:
-            _report(path, run.state.step)  # of an earlier job, or whole but Ray had not heard of it yet
+    run = build_run(opened, get_device(), partial(_report, opened))
+    for step in from_rank_zero(_unreported(opened, run)):
+        _report(opened, run.checkpoints.path(step), step)
     run_to_end(opened, run)
 
 
-def _report(path: Path, step: int) -> None:
+def _unreported(opened: OpenRun, run: Run) -> list[int]:
+    """The steps whose checkpoints Ray has not heard of: of an earlier job, or whole before they could be reported."""
+    registered, steps = ray.train.get_checkpoint(), run.checkpoints.steps()
+    if registered is not None:
+        return [step for step in steps[-1:] if run.checkpoints.path(step).name != Path(registered.path).name]
+    # A new job has forgotten which are still to be evaluated.
+    awaited = run.evaluations.awaited(steps) if opened.config.evaluation.apart else []
+    return sorted({*awaited, *steps[-1:]})
+
+
+def _report(opened: OpenRun, path: Path, step: int) -> None:
     """Enter a checkpoint that lies in the run directory already into Ray's list. A barrier."""
+    evaluations = build_checkpoints(opened)[1]
     ray.train.report(
         {"step": step},
         checkpoint=Checkpoint.from_directory(str(path)),
         checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+        validation=opened.config.evaluation.apart and evaluations.due(step),
     )
 
 
@@ -117,16 +132,3 @@ def _cause(error: Exception) -> EqmDistError | None:
 
 def _unwrap(error: BaseException | None) -> BaseException | None:
     return getattr(error, "_base_exc", error)
-
-
-def _pack(opened: OpenRun) -> dict[str, Any]:
-    return {
-        "config": dump(opened.config),
-        "directory": str(opened.directory),
-        "mlflow": asdict(opened.mlflow) if opened.mlflow else None,
-    }
-
-
-def _unpack(packed: Mapping[str, Any]) -> OpenRun:
-    mlflow = MlflowRun(**packed["mlflow"]) if packed["mlflow"] else None
-    return OpenRun(parse(Config, packed["config"]), Path(packed["directory"]), mlflow)

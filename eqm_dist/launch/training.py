@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from eqm_dist.build import CHECKPOINTS, METRICS_FILE, OpenRun, derived_numbers, step_size_warning
+from eqm_dist.build import CHECKPOINTS, METRICS_FILE, OpenRun, build_checkpoints, derived_numbers, step_size_warning
 from eqm_dist.config import Config, to_yaml
 from eqm_dist.launch import local
 from eqm_dist.logs import setup_logging
@@ -34,7 +34,7 @@ def train(config: Config) -> str:
     opened = open_run(config)
     with _final_status(opened.mlflow):
         result = read_result(opened.directory)
-        if result is None or result["step"] < config.train.steps:
+        if result is None or result["step"] < config.train.steps or _awaits_evaluation(opened):
             _run(opened)
             result = read_result(opened.directory)
             assert result is not None
@@ -49,6 +49,12 @@ def _run(opened: OpenRun) -> None:
 
     with ray_cluster.cluster():
         ray_train.train(opened)
+
+
+def _awaits_evaluation(opened: OpenRun) -> bool:
+    """Whether a run that made its last step was killed before its last evaluation apart was done."""
+    checkpoints, evaluations = build_checkpoints(opened)
+    return opened.config.evaluation.apart and bool(evaluations.awaited(checkpoints.steps()))
 
 
 @contextmanager

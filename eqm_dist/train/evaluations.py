@@ -1,7 +1,7 @@
 """Results of evaluations, a file a step, whoever made them: the training workers, or a task of its own beside them.
 
-    evaluations/step_00001000.json   {"step": 1000, "metrics": {...}, "pictures": [...], "seconds": 8.1}
-                                     {"step": 1000, "failed": "why"}
+evaluations/step_00001000.json   {"step": 1000, "metrics": {...}, "pictures": [...], "seconds": 8.1}
+                                 {"step": 1000, "failed": "why"}
 """
 
 import json

@@ -1,0 +1,218 @@
+"""Evaluation apart: the same figures as in the workers, and nothing that happens to it harms the training."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from eqm_dist.config import with_overrides
+from eqm_dist.errors import ConfigError, LaunchError
+from eqm_dist.presets import digits
+from eqm_dist.track.jsonl import read_metrics
+from eqm_dist.train.evaluations import Evaluations
+from tests.test_ray import REPOSITORY, local_cluster_env, wait_for
+
+__all__ = ["local_cluster_env"]
+
+FLAGS = {
+    "train.steps": 60,
+    "train.global_batch": 16,
+    "train.log_every": 5,
+    "model.hidden_size": 32,
+    "model.depth": 2,
+    "model.num_heads": 2,
+    "checkpoint.every": 10,
+    "checkpoint.keep": 1,
+    "evaluation.every": 20,
+    "evaluation.samples": 64,
+    "evaluation.grid_columns": 2,
+    "evaluation.sampler.evaluations": 4,
+    "launch.workers": 1,
+    "launch.cpus_per_worker": 1,
+}
+APART = {"evaluation.apart": "true"}
+
+
+def command(root: Path, **extra: object) -> list[str]:
+    flags = {"run.root": root, **FLAGS, **extra}
+    return [
+        sys.executable,
+        "pipelines/train.py",
+        *(p for key, value in flags.items() for p in (f"--{key}", str(value))),
+    ]
+
+
+def fids(root: Path) -> dict[int, float]:
+    lines = read_metrics(root / "digits" / "metrics.jsonl")
+    return {line["step"]: line["eval/fid"] for line in lines if "eval/fid" in line}
+
+
+def evaluators(process: psutil.Process) -> list[psutil.Process]:
+    found = []
+    for child in process.children(recursive=True):
+        try:
+            if "ray::_evaluate" in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_it_measures_what_the_workers_would(tmp_path: Path, local_cluster_env: dict[str, str]) -> None:
+    options = {"cwd": REPOSITORY, "env": local_cluster_env, "text": True, "timeout": 280}
+    inside, apart = tmp_path / "inside", tmp_path / "apart"
+    for root, extra in ((inside, {}), (apart, APART)):
+        done = subprocess.run(command(root, **extra), **options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert done.returncode == 0, done.stdout
+        assert "FID" in done.stdout.split("is complete")[1]
+    assert list(fids(inside)) == [20, 40, 60]
+    assert fids(apart) == fids(inside)  # bit for bit: one process with the same weights, seeds and batches
+    assert json.loads((apart / "digits" / "result.json").read_bytes())["metrics"]["eval/fid"] == fids(inside)[60]
+    names = [path.name for path in sorted((apart / "digits" / "samples").iterdir())]
+    assert names == [f"samples_step{step:08d}.png" for step in (20, 40, 60)]
+
+    # The newest checkpoint and the best one stay.
+    best = min(fids(apart), key=lambda step: fids(apart)[step])
+    for root in (inside, apart):
+        kept = {int(path.name.removeprefix("step_")) for path in (root / "digits" / "checkpoints").iterdir()}
+        assert kept == {best, 60}
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{apart / 'mlflow.db'}")
+    run_id = json.loads((apart / "digits" / "mlflow.json").read_bytes())["run_id"]
+    assert {point.step: point.value for point in client.get_metric_history(run_id, "eval/fid")} == fids(inside)
+    assert client.get_run(run_id).info.status == "FINISHED"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_evaluations_are_reported_and_the_run_ends_well(
+    tmp_path: Path, local_cluster_env: dict[str, str]
+) -> None:
+    run = subprocess.Popen(
+        command(tmp_path, **APART), cwd=REPOSITORY, env=local_cluster_env, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    ended = threading.Event()
+
+    def kill_all() -> None:
+        while not ended.wait(0.05):
+            for evaluator in evaluators(psutil.Process(run.pid)):
+                evaluator.send_signal(signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_all)
+    killer.start()
+    try:
+        out, _ = run.communicate(timeout=400)
+    finally:
+        ended.set()
+        killer.join()
+    assert run.returncode == 0, out
+    for step in (20, 40, 60):
+        assert f"warning: the evaluation of step {step} failed" in out
+    assert fids(tmp_path) == {}
+    assert list(read_metrics(tmp_path / "digits" / "metrics.jsonl"))[-1]["step"] == 60
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_a_killed_driver_left_unevaluated_is_evaluated_by_the_next(
+    tmp_path: Path, local_cluster_env: dict[str, str]
+) -> None:
+    # Evaluations that take far longer than the training: the driver dies waiting for them, all steps made.
+    slow = {**APART, "evaluation.samples": 2000, "evaluation.sampler.evaluations": 60}
+    first = subprocess.Popen(
+        command(tmp_path, **slow), cwd=REPOSITORY, env=local_cluster_env, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    wait_for((tmp_path / "digits" / "result.json").exists, first)
+    everything = psutil.Process(first.pid).children(recursive=True)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    psutil.wait_procs(everything, timeout=60)
+    assert 60 not in fids(tmp_path)
+    awaited = Evaluations(tmp_path / "digits" / "evaluations", 20, 60).awaited([20, 40, 60])
+    kept = {int(path.name.removeprefix("step_")) for path in (tmp_path / "digits" / "checkpoints").iterdir()}
+    assert set(awaited) <= kept  # what is to be evaluated is not removed, though checkpoint.keep is 1
+
+    second = subprocess.run(
+        command(tmp_path, **APART), cwd=REPOSITORY, env=local_cluster_env, text=True, capture_output=True, timeout=280
+    )
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert list(fids(tmp_path)) == [20, 40, 60]
+    kept = {int(path.name.removeprefix("step_")) for path in (tmp_path / "digits" / "checkpoints").iterdir()}
+    assert len(kept) <= 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"evaluation.every": 0}, "no effect with evaluation.every=0"),
+        ({"launch.launcher": "local"}, "needs a Ray task"),
+        ({"evaluation.every": 30, "checkpoint.every": 20}, "must be a multiple of checkpoint.every=20"),
+        ({"evaluation.apart": False, "evaluation.cpus": 2}, "cpus=2 has no effect with apart=false"),
+    ],
+)
+def test_what_cannot_take_effect_is_refused(overrides: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        with_overrides(digits(), {"evaluation.apart": True, **overrides})
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("resources", "asked", "expected"),
+    [
+        ({"CPU": 2.0}, (None, None, 1), (1, 1, False, 1)),
+        ({"CPU": 8.0}, (None, None, 2), (4, 1, False, 2)),
+        ({"CPU": 16.0, "GPU": 4.0}, (None, None, 4), (3, 4, True, 4)),
+        ({"CPU": 16.0, "GPU": 4.0}, (None, None, 0), (4, 4, True, 0)),
+        ({"CPU": 2.0}, (2, 1, 1), "must fit the 1 CPUs of the cluster beside the evaluation apart"),
+        ({"CPU": 8.0, "GPU": 1.0}, (None, None, 1), "from 1 to the 0 GPUs of the cluster beside the evaluation apart"),
+        ({"CPU": 1.0}, (None, None, 1), "must fit the 0 CPUs of the cluster beside the evaluation apart"),
+    ],
+)
+def test_the_evaluation_has_its_resources_before_the_workers(
+    monkeypatch: pytest.MonkeyPatch, resources: dict[str, float], asked: tuple[int | None, int | None, int],
+    expected: Sequence[object],
+) -> None:  # fmt: skip
+    import ray
+
+    from eqm_dist.launch.ray_cluster import Offer, offer
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    if isinstance(expected, str):
+        with pytest.raises(LaunchError, match=expected):
+            offer(*asked)
+    else:
+        assert offer(*asked) == Offer(*expected)
+
+
+def test_news_come_once_and_failures_are_tried_again(tmp_path: Path) -> None:
+    evaluations = Evaluations(tmp_path, every=10, last=35)
+    assert [step for step in range(1, 36) if evaluations.due(step)] == [10, 20, 30, 35]
+    evaluations.write(10, {"eval/fid": 3.0}, [tmp_path / "a.png"], 1.5)
+    evaluations.fail(20, "out of memory")
+    assert [record["step"] for record in evaluations.news()] == [10, 20]
+    assert list(evaluations.news()) == []
+    evaluations.write(30, {"eval/fid": 2.0}, [], 1.0)
+    assert [record["step"] for record in evaluations.news()] == [30]
+    assert evaluations.best([10, 20, 30], 1) == {30}
+    assert evaluations.best([10, 20], 2) == {10}
+    assert evaluations.best([10, 30], 0) == set()
+    assert evaluations.awaited([10, 20, 30, 35, 34]) == [35]
+    evaluations.restart(20)
+    assert list(evaluations.results()) == [10]
+    assert evaluations.awaited([10, 20]) == [20]
