@@ -120,7 +120,6 @@ class Pretrained:
             seed=seed,
             decode=self.decoder.decode,
             batch=batch,
-            stop=build_stop(sampler),
         )
 
     @property

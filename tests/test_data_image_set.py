@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import webdataset
+from webdataset import WebDataset  # pyright: ignore[reportPrivateImportUsage]
 
 from eqm_dist.data.image_set import FORMATS, Format, ImageSet, open_image_set
 from eqm_dist.errors import ConfigError, DataError
@@ -62,7 +62,7 @@ def test_stock_webdataset_reads_the_tars(tmp_path: Path) -> None:
     tars = sorted(str(path) for path in tmp_path.glob("*.tar"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves its files to the garbage collector
-        read: list[Any] = list(webdataset.WebDataset(tars, shardshuffle=False).decode("rgb8"))
+        read: list[Any] = list(WebDataset(tars, shardshuffle=False).decode("rgb8"))
         gc.collect()
     assert [sample["__key__"] for sample in read] == [f"{i:06d}" for i in range(7)]
     assert [sample["cls"] for sample in read] == [0, 1, 2, 0, 1, 2, 0]

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -186,7 +185,7 @@ def test_what_cannot_take_effect_is_refused(overrides: dict[str, object], senten
 )
 def test_the_evaluation_has_its_resources_before_the_workers(
     monkeypatch: pytest.MonkeyPatch, resources: dict[str, float], asked: tuple[int | None, int | None, int],
-    expected: Sequence[object],
+    expected: tuple[int, int, bool, int] | str,
 ) -> None:  # fmt: skip
     import ray
 

@@ -63,7 +63,7 @@ def test_actors_and_batches_change_nothing(run: Path, tmp_path: Path, monkeypatc
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3})  # whatever this machine has
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    monkeypatch.setenv("RAY_ADDRESS", str(cluster.address))
     try:
         main(["--model", str(run), "--out", str(tmp_path / "alone"), "--samples", "500", *LOCAL])
         expected = pixels(tmp_path / "alone")
