@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from webdataset import WebDataset  # pyright: ignore[reportPrivateImportUsage]
+from webdataset.compat import WebDataset
 
 from eqm_dist.data.image_set import FORMATS, Format, ImageSet, open_image_set
 from eqm_dist.errors import ConfigError, DataError
