@@ -77,17 +77,17 @@ def main(arguments: Sequence[str]) -> None:
 
     from eqm_dist.evaluate.record import append_records, table
     from eqm_dist.evaluate.statistics import MetricSettings
-    from eqm_dist.launch.evaluation import Judge, reference_of
+    from eqm_dist.launch.evaluation import Judge, extractor_of, reference_of
     from eqm_dist.pretrained import load, newest_run
     from eqm_dist.track.mlflow import log_metrics, recorded_run
 
     model = None
     if not options.images:
         model = load(options.model or newest_run(), autoencoder=options.autoencoder, overrides=overrides)
-    trained = model.config.evaluation if model else None
+    extractor, weights = extractor_of(model, options.extractor, options.extractor_weights)
     judge = Judge(
-        extractor=options.extractor or (trained.extractor if trained else "inception"),
-        weights=options.extractor_weights or (trained.extractor_weights if trained and not options.extractor else None),
+        extractor=extractor,
+        weights=weights,
         metrics=[metric.strip() for metric in options.metrics.split(",")],
         settings=MetricSettings(kid_subsets=options.kid_subsets, kid_subset_size=options.kid_subset_size),
         batch=options.batch,

@@ -151,6 +151,8 @@ def test_a_damaged_npz_is_refused(tmp_path: Path, pixels: np.ndarray) -> None:
         read(open_images(str(path)))
 
 
-def test_a_resolution_is_for_files_and_tars(places: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match=r"no effect on .*plain\.npz"):
+def test_a_resolution_is_for_files_and_tars(places: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"plain\.npz holds arrays of 5x6"):
         open_images(places["plain"], resolution=4)
+    np.savez(tmp_path / "square.npz", np.zeros((2, 4, 4, 3), np.uint8))
+    assert len(open_images(str(tmp_path / "square.npz"), resolution=4)) == 2

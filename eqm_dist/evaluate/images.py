@@ -66,7 +66,7 @@ def open_images(location: str, *, resolution: int | None = None, channels: int =
         channels: 1 reads files and tars as grey, 3 as RGB.
 
     Raises:
-        ConfigError: a resolution for what has its own.
+        ConfigError: arrays of another resolution.
         DataError: there are no images.
         StorageError: the machine cannot read them.
     """
@@ -88,8 +88,13 @@ def open_images(location: str, *, resolution: int | None = None, channels: int =
                 " holds none; correct the path."
             )
         return DecodedImages(raw, resolution, channels)
-    if resolution is not None:
-        raise ConfigError(f"A resolution has no effect on {location}, whose images have one already; leave it out.")
+    if resolution is not None and len(images):
+        _, height, width, _ = next(images.read(0, 1, 1)).shape
+        if (height, width) != (resolution, resolution):
+            raise ConfigError(
+                f"A resolution crops files and tars, and {location} holds arrays of {width}x{height}; leave it out, or"
+                f" bring images of {resolution}x{resolution}."
+            )
     return images
 
 
@@ -265,7 +270,7 @@ class ShardImages:
     """
 
     def __init__(self, location: str) -> None:
-        self.location = location
+        self.location = location if is_remote(location) else str(local_path(location))  # actors work elsewhere
         self._count = self._reader.manifest.num_samples
 
     def __len__(self) -> int:

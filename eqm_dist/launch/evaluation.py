@@ -15,7 +15,7 @@ from eqm_dist.config import dump
 from eqm_dist.data.image_set import RECORD_FILE, Unit
 from eqm_dist.data.storage import local_path
 from eqm_dist.errors import ConfigError, DataError
-from eqm_dist.evaluate.extractors import load_extractor
+from eqm_dist.evaluate.extractors import INCEPTION, is_file_name, load_extractor
 from eqm_dist.evaluate.images import Images, open_images
 from eqm_dist.evaluate.labels import labels_of
 from eqm_dist.evaluate.record import records_of
@@ -59,6 +59,18 @@ class Reference:
             StorageError: the file cannot be written.
         """
         save_statistics(path.absolute(), self.statistics, self.location)
+
+
+def extractor_of(model: Pretrained | None, name: str | None, weights: str | None) -> tuple[str, str | None]:
+    """Extractor and weights: those named, or else those of the model's training, or else inception.
+
+    Files by absolute paths, so that every process finds them, whatever directory it works in.
+    """
+    if name is None and model is not None:
+        name, weights = model.config.evaluation.extractor, weights or model.config.evaluation.extractor_weights
+    name = name or INCEPTION
+    name = str(local_path(name)) if is_file_name(name) else name
+    return name, str(local_path(weights)) if weights is not None else None
 
 
 def reference_of(model: Pretrained) -> str | None:
