@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from benchmarks.bench_energy import forward_mode, plain, with_plain_norms
 from eqm_dist.core.energy import EnergyKind, ExplicitEnergy
 from eqm_dist.errors import ConfigError
 from eqm_dist.models import SiT
@@ -113,3 +114,37 @@ def test_inference_mode_is_refused_in_a_sentence(model: SiT, x: torch.Tensor) ->
 def test_an_unknown_kind_is_refused(model: SiT) -> None:
     with pytest.raises(ConfigError, match="cubic"):
         ExplicitEnergy(model, "cubic")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, in its forward-mode rules
+@pytest.mark.parametrize("kind", KINDS)
+def test_weight_gradients_are_those_of_one_forward_mode_product(kind: EnergyKind, model: SiT, x: torch.Tensor) -> None:
+    # <v, g> has the gradient of minus the slope of the energy along v: no graph of the inner derivative is needed.
+    energy = ExplicitEnergy(model, kind)
+    target = torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    loss = plain(energy, x, LABELS, target)
+    with_plain_norms(model)
+    other = forward_mode(model, x, LABELS, target, energy)
+    torch.testing.assert_close(other, loss, rtol=1e-12, atol=0)
+    share = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    expected = torch.autograd.grad(loss @ share, weights, allow_unused=True)
+    found = torch.autograd.grad(other @ share, weights, allow_unused=True)
+    for one, two in zip(found, expected, strict=True):
+        assert (one is None) == (two is None)
+        if one is not None:
+            torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11)
+    assert sum(gradient is not None and bool(gradient.any()) for gradient in expected) > 20
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_the_forward_mode_product_in_closed_form() -> None:
+    # f = W x: g = (W + W^T) x, and the gradient of <v, g> by W is v x^T + x v^T.
+    weight = torch.tensor([[2.0, 1.0], [0.0, 3.0]], requires_grad=True)
+    x, target = torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, 0.25]])
+    loss = forward_mode(lambda x, labels: x @ weight.T, x, torch.zeros(1, dtype=torch.int64), target)
+    (gradient,) = torch.autograd.grad(loss.sum(), weight)
+    error = (x @ (weight + weight.T) - target).detach()
+    outer = error.T @ x
+    torch.testing.assert_close(loss.detach(), error.square().mean(1))
+    torch.testing.assert_close(gradient, outer + outer.T)  # 2 / dimensions = 1
