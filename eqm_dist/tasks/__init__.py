@@ -1,0 +1,1 @@
+"""What a field can do besides drawing samples."""
