@@ -161,7 +161,8 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, metavar=("MODEL", "CASE"), help="one case, in this process")
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(*options.measure, options.steps)))
+        name, case = options.measure
+        print(json.dumps(measure(name, case, options.steps)))
         return
     runs: dict[str, dict[str, list[dict[str, float]]]] = {name: {case: [] for case in CASES} for name in MODELS}
     for _ in range(options.repeats):

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from eqm_dist.core.decay import TruncatedDecay
 from eqm_dist.core.energy import ExplicitEnergy
 from eqm_dist.core.objective import eqm_loss, flow_matching_loss
-from eqm_dist.core.samplers import Field, GradientDescent
 from eqm_dist.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -121,17 +120,13 @@ class Landscape:
     def trajectories(self, start: Tensor) -> Tensor:
         """The way of every start [B, 2], itself included: [EVALUATIONS + 1, B, 2].
 
-        Flow matching takes Euler steps from gamma 0 to 1, the others gradient descent, all with as many evaluations.
+        Flow matching takes Euler steps from gamma 0 to 1, the others gradient descent: the same line of code, but that
+        descent may take steps of any size and has no end.
         """
+        step_size = 1 / EVALUATIONS if self.method == "flow_matching" else STEP_SIZE
         points = [start]
-        if self.method == "flow_matching":
-            for step in range(EVALUATIONS):
-                points.append(points[-1] + self.at(points[-1], step / EVALUATIONS) / EVALUATIONS)
-        else:
-            sampler = GradientDescent(STEP_SIZE)
-            field: Field = lambda x: self.at(x, 0)  # noqa: E731
-            for _ in range(EVALUATIONS):
-                points.append(sampler.step(field, points[-1], None)[0])
+        for step in range(EVALUATIONS):
+            points.append(points[-1] + step_size * self.at(points[-1], step / EVALUATIONS))
         return torch.stack(points)
 
 
