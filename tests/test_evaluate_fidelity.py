@@ -92,3 +92,77 @@ def test_merged_statistics_give_torch_fidelitys_figures(tmp_path: Path) -> None:
     for metric, name in names.items():
         # Float64 on both sides: only the order of sums differs, and with it the rounding of the FID's eigenvalues.
         assert ours[metric] == pytest.approx(theirs[name], rel=1e-9), metric
+
+
+INCEPTION = """
+import contextlib, json, sys
+from pathlib import Path
+import numpy as np
+import torch_fidelity
+import torch_fidelity.feature_extractor_inceptionv3 as reference
+from pipelines.evaluate import main
+
+root = Path(sys.argv[1])
+torch.manual_seed(0)
+Network = reference.FeatureExtractorInceptionV3
+reference.load_state_dict_from_url, load = lambda *_, **__: {}, Network.load_state_dict
+Network.load_state_dict = lambda *_, **__: None
+network = Network("inception-v3-compat", ["2048"])
+for module in network.modules():  # random weights that keep the signal's size
+    if isinstance(module, torch.nn.BatchNorm2d):
+        module.running_var.fill_(1 / 6)
+torch.save(network.state_dict(), root / "weights.pth")
+Network.load_state_dict = load
+
+random = np.random.default_rng(0)
+sides = {"generated": random.integers(0, 256, (24, 16, 16, 3)), "reference": random.integers(0, 250, (30, 16, 16, 3))}
+for name, images in sides.items():
+    np.savez(root / f"{name}.npz", images.astype(np.uint8))
+command = ["--images", str(root / "generated.npz"), "--extractor", "inception", "--extractor-weights",
+           str(root / "weights.pth"), "--launcher", "local", "--cache", "none", "--kid-subset-size", "10"]
+main([*command, "--reference", str(root / "reference.npz"), "--metrics", "fid,sfid,kid,is,precision,recall",
+      "--out", str(root / "ours.jsonl")])
+
+spatial, pooled = [], []
+network = Network("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(root / "weights.pth"))
+network.Mixed_6d.branch1x1.register_forward_hook(lambda *call: spatial.append(call[2][:, :7].flatten(1)))
+images = torch.from_numpy(sides["reference"].astype(np.uint8)).permute(0, 3, 1, 2)
+pooled = network(images)[0].double().numpy()
+spatial = spatial[0].double().numpy()
+np.savez(root / "adm.npz", mu=pooled.mean(0), sigma=np.cov(pooled, rowvar=False), mu_s=spatial.mean(0),
+         sigma_s=np.cov(spatial, rowvar=False))
+main([*command, "--reference", str(root / "adm.npz"), "--metrics", "fid,sfid", "--out", str(root / "adm.jsonl")])
+
+class Images(torch.utils.data.Dataset):
+    def __init__(self, name):
+        self.images = torch.from_numpy(sides[name].astype(np.uint8)).permute(0, 3, 1, 2)
+    def __len__(self):
+        return len(self.images)
+    def __getitem__(self, index):
+        return self.images[index]
+
+theirs = torch_fidelity.calculate_metrics(
+    input1=Images("generated"), input2=Images("reference"), feature_extractor="inception-v3-compat", cuda=False,
+    feature_extractor_weights_path=str(root / "weights.pth"), save_cpu_ram=True, fid=True, kid=True, isc=True, prc=True,
+    kid_subset_size=10, cache=False, verbose=False)
+found = {}
+for name in ("ours", "adm"):
+    records = map(json.loads, (root / f"{name}.jsonl").read_text().splitlines())
+    found[name] = {record["metric"]: record["value"] for record in records}
+print(json.dumps({**found, "theirs": theirs}))
+"""
+
+
+@pytest.mark.slow
+def test_the_command_with_inception_gives_torch_fidelitys_figures(tmp_path: Path) -> None:
+    found: dict[str, Any] = fidelity.run(INCEPTION, tmp_path)
+    ours, theirs, adm = found["ours"], found["theirs"], found["adm"]
+    assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    assert ours["is"] == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
+    # torch-fidelity takes the third power of float32 kernels, about 1e-7 of values near 8 that cancel to the KID.
+    assert ours["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], abs=1e-5)
+    assert [ours["precision"], ours["recall"]] == pytest.approx([theirs["precision"], theirs["recall"]], rel=2**-24)
+    assert 0 < ours["precision"] < 1
+    # ADM's file holds means and covariances of float32 features, taken in one pass by numpy.
+    assert adm == pytest.approx({name: ours[name] for name in ("fid", "sfid")}, rel=1e-6)
+    assert ours["sfid"] > 0
