@@ -16,6 +16,7 @@ from PIL import Image
 
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.features import load_digit_classifier
+from eqm_dist.evaluate.metrics import FeatureMoments, frechet_distance
 from eqm_dist.evaluate.statistics import MetricSettings, compute, image_statistics, parts_of
 from eqm_dist.evaluate.train_classifier import digits
 from eqm_dist.track.mlflow import MlflowRun
@@ -36,6 +37,9 @@ class Pixels(torch.nn.Module):
     spatial = forward
     def logits(self, images):
         return self(images)[:, :3]
+
+class AdmPixels(Pixels):
+    adm_statistics = True
 """
 
 
@@ -137,6 +141,34 @@ def test_a_reference_is_measured_once_and_may_be_kept_by_name(root: Path, tmp_pa
         evaluate(tmp_path, *common, "--reference", str(saved), "--metrics", "precision")
     with pytest.raises(DataError, match=r"reference is of .*pixels, .* and the images of classifier"):
         evaluate(tmp_path, "--images", str(root / "digits.npz"), "--extractor", "digits", "--reference", str(saved))
+
+
+def test_published_moments_stand_beside_the_images_of_their_file(root: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(3)
+    images, few = (random.integers(0, 256, (count, 4, 4, 1), dtype=np.uint8) for count in (40, 30))
+    features = random.normal(size=(500, 16))  # of images that the file does not hold
+    moments = {"mu": features.mean(0), "sigma": np.cov(features, rowvar=False)}
+    np.savez(tmp_path / "images.npz", images)
+    np.savez(tmp_path / "adm.npz", arr_0=few, **moments)
+    np.savez(tmp_path / "plain.npz", arr_0=few)
+
+    def measure(reference: str) -> dict[str, dict[str, Any]]:
+        flags = ["--images", str(tmp_path / "images.npz"), "--extractor", "command_extractor:AdmPixels"]
+        flags += ["--metrics", "fid,kid,precision", "--kid-subset-size", "20"]
+        return evaluate(tmp_path, *flags, "--reference", str(tmp_path / reference))[0]
+
+    adm, plain = measure("adm.npz"), measure("plain.npz")
+    values = torch.from_numpy(images).flatten(1).double() / 255
+    expected = frechet_distance(
+        FeatureMoments.of_gaussian(torch.from_numpy(moments["mu"]), torch.from_numpy(moments["sigma"])),
+        FeatureMoments.of(values),
+    )
+    assert adm["fid"]["value"] == pytest.approx(expected, rel=1e-9)  # float64; sums in another order
+    assert adm["fid"]["value"] != pytest.approx(plain["fid"]["value"], rel=0.1)
+    for metric in ("kid", "precision"):
+        assert adm[metric]["value"] == plain[metric]["value"]  # of arr_0 on either side
+    assert adm["fid"]["reference_samples"] is None
+    assert plain["fid"]["reference_samples"] == 30
 
 
 @pytest.fixture(autouse=True)

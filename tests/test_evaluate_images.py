@@ -13,7 +13,7 @@ from eqm_dist.data.image_set import open_image_set
 from eqm_dist.errors import ConfigError, DataError, StorageError
 from eqm_dist.evaluate.images import Images, open_images
 from tests import images as pictures
-from tests import tiny
+from tests import s3, tiny
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +156,16 @@ def test_a_resolution_is_for_files_and_tars(places: dict[str, str], tmp_path: Pa
         open_images(places["plain"], resolution=4)
     np.savez(tmp_path / "square.npz", np.zeros((2, 4, 4, 3), np.uint8))
     assert len(open_images(str(tmp_path / "square.npz"), resolution=4)) == 2
+
+
+def test_images_on_s3_are_those_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, places: dict[str, str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the cache goes
+    shards = tiny.write_blots(tmp_path / "blots")
+    with s3.s3_server() as endpoint:
+        s3.use(monkeypatch, endpoint)
+        for local, name in ((shards, "blots"), (Path(places["tars"]), "tars")):
+            ours, remote = open_images(str(local)), open_images(s3.upload(endpoint, local, name))
+            np.testing.assert_array_equal(read(remote), read(ours))
+            assert remote.content_id() == ours.content_id()

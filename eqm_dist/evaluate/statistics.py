@@ -69,7 +69,7 @@ class ImageStatistics:
 
     Attributes:
         extractor: id of what made the features; statistics of different extractors are not compared.
-        count: images; None where a file does not tell.
+        count: images; None where nothing tells.
         parts: by name, of ``PARTS``.
     """
 

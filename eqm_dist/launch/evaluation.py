@@ -35,8 +35,8 @@ from eqm_dist.logs import Progress
 from eqm_dist.pretrained import Pretrained
 from eqm_dist.provenance import provenance
 
-UNIT = 1024
-"""Images of a unit, after which its statistics travel back."""
+UNIT, MOST_UNITS = 1024, 256
+"""Images of a unit, after which its statistics travel back: more where there would be too many units to add."""
 STATISTICS_SUFFIX = ".safetensors"
 
 
@@ -183,7 +183,9 @@ class Judge:
         check_count(compared, self.settings, len(images))
         measure = partial(self._measure, images, missing)
         measured = cached_statistics(images, extractor, missing, measure, self.cache) if self.cache else measure()
-        return Reference(location, replace(measured, parts={**measured.parts, **given}))
+        # How many images published moments are of, no file says; it is not the number beside them.
+        count = None if given else measured.count
+        return Reference(location, replace(measured, count=count, parts={**measured.parts, **given}))
 
     def _open(self, location: str) -> Images:
         shape = getattr(self._loaded(), "image_shape", None)
@@ -202,7 +204,7 @@ class Judge:
         return statistics
 
     def _units(self, count: int) -> list[Unit]:
-        size = max(1, min(UNIT, math.ceil(count / (4 * (self.actors or 2)))))
+        size = max(1, min(max(UNIT, count // MOST_UNITS), math.ceil(count / (4 * (self.actors or 2)))))
         starts = range(0, count, size)
         return [Unit(number, start, min(start + size, count)) for number, start in enumerate(starts)]
 
