@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +23,12 @@ from torch import Tensor
 
 from eqm_dist.build import CHECKPOINTS, CONFIG_FILE, build_field, build_model, build_sampler, build_stop, runs_root
 from eqm_dist.config import Config, parse, with_overrides
+from eqm_dist.core.guidance import TimedField
 from eqm_dist.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from eqm_dist.data.storage import local_path
 from eqm_dist.errors import CheckpointError, ConfigError, DataError
 from eqm_dist.evaluate.generate import Generated, generate
-from eqm_dist.models.autoencoder import Autoencoder, load_autoencoder
+from eqm_dist.models.autoencoder import Autoencoder, load_autoencoder, moments_to_latents
 from eqm_dist.models.sit import SiT
 from eqm_dist.models.sizes import SIZES
 from eqm_dist.train.checkpoint import EMA_FILE, MARKER, Checkpoints, read_marker, verify_file
@@ -99,18 +100,33 @@ class Pretrained:
         overrides = {f"evaluation.sampler.{key}": value for key, value in sampler.items()}
         return replace(self, config=with_overrides(self.config, overrides, "the sampler"))
 
-    def generate(self, indices: Tensor, labels: Tensor, seed: int, batch: int, device: torch.device) -> Generated:
-        """The images of sample indices [n] with labels [n]: see ``evaluate.generate``."""
+    def generate(
+        self,
+        indices: Tensor,
+        labels: Tensor,
+        seed: int,
+        batch: int,
+        device: torch.device,
+        *,
+        field: TimedField | None = None,
+        start: Callable[[Tensor], Tensor] | None = None,
+        start_time: float = 0.0,
+    ) -> Generated:
+        """The images of sample indices [n] with labels [n]: see ``evaluate.generate``; another field if given.
+
+        Raises:
+            DataError: a label that the model does not know, or no autoencoder is known.
+            ConfigError: the sampler cannot follow the field.
+        """
         known = self.config.data.num_classes
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= known:
             raise DataError(
                 f"Labels must lie in 0..{known - 1}, or be {known} for none,"
                 f" got {int(labels.min())} to {int(labels.max())}."
             )
-        model = self.model.to(device)
         sampler = self.config.evaluation.sampler
         return generate(
-            build_field(self.config, model, known),
+            field or self.field(device),
             indices=indices.to(device),
             labels=labels.to(device),
             latent_shape=self.config.data.latent_shape,
@@ -120,7 +136,19 @@ class Pretrained:
             seed=seed,
             decode=self.decoder.decode,
             batch=batch,
+            start=start,
+            start_time=start_time,
         )
+
+    def field(self, device: torch.device) -> TimedField:
+        """What samplers follow: (x [B, C, h, w], labels [B], time [B]) -> [B, C, h, w], guided if so configured."""
+        return build_field(self.config, self.model.to(device), self.config.data.num_classes)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, H, W, C] uint8 -> latents [B, C', h, w], the means of the autoencoder's posterior."""
+        moments = self.decoder.encode(images)
+        nothing = torch.zeros_like(moments.chunk(2, dim=1)[0])
+        return moments_to_latents(moments, nothing, self.decoder.latent_scale, self.decoder.latent_shift)
 
     @property
     def name(self) -> str:

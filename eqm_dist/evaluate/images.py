@@ -98,6 +98,12 @@ def open_images(location: str, *, resolution: int | None = None, channels: int =
     return images
 
 
+def first_images(location: str, count: int, channels: int = 3) -> Tensor:
+    """The first images at a location, at most ``count``: [n, H, W, C] uint8; see ``open_images``."""
+    images = open_images(location, channels=channels)
+    return torch.cat([batch.cpu() for batch in images.read(0, min(count, len(images)), 256)])
+
+
 @dataclass(frozen=True)
 class _Place:
     """A file, or a range of bytes in one."""

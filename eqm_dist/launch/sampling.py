@@ -13,10 +13,13 @@ import torch
 
 from eqm_dist.config import dump
 from eqm_dist.data.image_set import RECORD_FILE, Format, ImageSet, Unit, open_image_set
+from eqm_dist.data.loader import ShardReader
 from eqm_dist.data.storage import storage_errors
+from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.grid import sample_grid
 from eqm_dist.evaluate.labels import labels_of
 from eqm_dist.logs import Progress
+from eqm_dist.models.autoencoder import moments_to_latents
 from eqm_dist.pretrained import Pretrained
 from eqm_dist.provenance import provenance
 
@@ -129,3 +132,35 @@ def _report(model: Pretrained, images: ImageSet, out: Path) -> str:
     }
     width = max(map(len, lines))
     return "\n".join(["", f"{out} is complete", *(f"  {key:<{width}}  {text}" for key, text in lines.items())])
+
+
+def real_latents(
+    model: Pretrained, shards: str | None, samples: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents [n, C, h, w] of real images, the means of their posteriors, and labels [n]: evenly over the data set.
+
+    Args:
+        model: whose training data is the default.
+        shards: another data set of the same kind.
+        samples: n, or all if there are fewer.
+        device: where the latents go.
+
+    Raises:
+        ConfigError: the model does not say what it was trained on.
+        DataError: the shards are missing or of other latents.
+    """
+    location = shards or model.config.data.shards
+    if location is None:
+        raise ConfigError(f"{model.source} does not say what it was trained on; add --shards.")
+    reader = ShardReader(location)
+    manifest = reader.manifest
+    if manifest.latent_shape != model.config.data.latent_shape:
+        raise DataError(
+            f"--shards must hold latents {list(model.config.data.latent_shape)} as the model takes, and {location}"
+            f" holds {list(manifest.latent_shape)}; name others."
+        )
+    count = min(samples, manifest.num_samples)
+    moments, labels = reader.read(np.arange(count) * manifest.num_samples // count)
+    mean = moments[:, 0].float().to(device)
+    nothing = torch.zeros_like(mean.chunk(2, dim=1)[0])
+    return moments_to_latents(mean, nothing, manifest.latent_scale, manifest.latent_shift), labels

@@ -1,1 +1,1 @@
-"""What a field can do besides drawing samples."""
+"""What a trained field can do besides drawing images from noise, and what it looks like on a plane."""
