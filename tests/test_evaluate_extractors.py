@@ -13,7 +13,7 @@ from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.extractors import _rgb, load_extractor
 from eqm_dist.evaluate.features import ImageClassifier, load_digit_classifier, save_classifier
 from eqm_dist.evaluate.statistics import extract
-from tests import fidelity
+from tests import fidelity, tiny
 
 OWN = """
 import torch
@@ -235,3 +235,14 @@ def test_inception_refuses_what_is_no_picture() -> None:
     for images in (torch.zeros(1, 8, 8, 3), torch.zeros(1, 8, 8, 4, dtype=torch.uint8)):
         with pytest.raises(DataError, match=r"shape \[B, H, W, 1 or 3\]"):
             _rgb(images)
+
+
+def test_a_run_is_evaluated_with_a_module_of_ones_own(own_module: str, tmp_path: Path) -> None:
+    (tmp_path / "own_extractors.py").write_text(OWN.replace("= 4", "= 16"))  # the blots have 16 pixels
+    shards = tiny.write_blots(tmp_path / "blots")
+    options = {"evaluation.every": 6, "evaluation.samples": 20}
+    for factory, code, said in (("Pixels", 0, "fid_yardstick"), ("absent", 2, "has no attribute 'absent'")):
+        options |= {"evaluation.extractor": f"{own_module}:{factory}", "run.name": factory}
+        outcome = tiny.train(*tiny.flags(tiny.overrides(tmp_path, shards, **options)))
+        assert outcome.code == code, outcome.err
+        assert said in outcome.out + outcome.err
