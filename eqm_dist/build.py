@@ -60,6 +60,7 @@ from eqm_dist.train.engine import Engine, TorchEngine
 from eqm_dist.train.evaluations import SCORE, Evaluations
 from eqm_dist.train.loop import Run
 from eqm_dist.train.meters import peak_flops
+from eqm_dist.train.mirror import Mirror
 from eqm_dist.train.optimizer import EmaAdamW, ema_key
 from eqm_dist.train.schedule import LearningRateSchedule
 from eqm_dist.train.state import TrainState
@@ -167,6 +168,7 @@ def build_run(
         save_every=config.checkpoint.every,
         flops_per_image=training_flops_per_image(forward_macs(**_shape_arguments(config))),
         peak_flops=peak_flops(device, config.train.precision, world),
+        mirror=build_mirror(opened) if rank() == 0 else None,
         on_checkpoint=on_checkpoint,
         state=state,
     )
@@ -491,6 +493,20 @@ def build_checkpoints(opened: OpenRun) -> tuple[Checkpoints, Evaluations]:
         return {*awaited, *evaluations.best(steps, config.checkpoint.keep_best)}
 
     return Checkpoints(opened.directory / CHECKPOINTS, config.checkpoint.keep, also_keep), evaluations
+
+
+def build_mirror(opened: OpenRun) -> Mirror | None:
+    """The mirror of a run, if it has one.
+
+    Raises:
+        DataError: it is neither a directory nor on s3://.
+    """
+    config = opened.config
+    if config.checkpoint.mirror is None:
+        return None
+    location = f"{config.checkpoint.mirror.rstrip('/')}/{config.run.name}"
+    deadline_s = config.checkpoint.mirror_deadline_s or DEADLINE_S
+    return Mirror(location, opened.directory, build_checkpoints(opened)[0], deadline_s)
 
 
 def open_tracker(opened: OpenRun, evaluations: Evaluations, resume_step: int) -> CompositeTracker:

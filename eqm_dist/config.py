@@ -324,6 +324,16 @@ class CheckpointConfig(Section):
     """Number of newest checkpoints to keep."""
     keep_best: Count = 1
     """Number of checkpoints with the lowest FID to keep besides; those at steps that are not evaluated have none."""
+    mirror: Annotated[str, Field(min_length=1)] | None = None
+    """Directory or s3:// prefix for a second copy of the run; a run directory that is lost is fetched from there."""
+    mirror_deadline_s: Positive | None = None
+    """Seconds for which an s3:// mirror may fail or stall before a copy is given up; default 60; s3:// only."""
+
+    @model_validator(mode="after")
+    def _only_what_takes_effect(self) -> Self:
+        if self.mirror_deadline_s is not None and not (self.mirror or "").startswith("s3://"):
+            raise ValueError("mirror_deadline_s has no effect on a mirror that is not on s3://; leave it out")
+        return self
 
 
 DESCENTS = ("gd", "nag", "adam")

@@ -3,6 +3,7 @@
 Workers start from the ``OpenRun`` that comes out; nothing here is done twice.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,34 @@ from typing import Any
 import torch
 import yaml
 
-from eqm_dist.build import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, OpenRun, build_autoencoder, runs_root
+from eqm_dist.build import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    OpenRun,
+    build_autoencoder,
+    build_checkpoints,
+    build_mirror,
+    runs_root,
+)
 from eqm_dist.config import RESUMABLE_KEYS, Config, dump, flatten, parse, to_yaml, with_overrides
 from eqm_dist.data.manifest import Manifest, read_manifest
 from eqm_dist.data.shards import digits_shards
-from eqm_dist.data.storage import DEADLINE_S, atomic_write, is_remote, local_path, open_folder, storage_errors
+from eqm_dist.data.storage import (
+    DEADLINE_S,
+    Folder,
+    LocalFolder,
+    atomic_write,
+    is_remote,
+    local_path,
+    open_folder,
+    storage_errors,
+)
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.extractors import is_file_name, load_extractor
-from eqm_dist.track.mlflow import MlflowRun, default_uri
+from eqm_dist.track.mlflow import ID_FILE, MlflowRun, default_uri
 from eqm_dist.track.mlflow import open_run as open_mlflow_run
-from eqm_dist.train.checkpoint import Checkpoints, read_marker
+from eqm_dist.train.checkpoint import read_marker
+from eqm_dist.train.mirror import Mirror, step_of
 
 MANIFEST_COPY = "manifest.json"
 
@@ -44,7 +63,11 @@ def open_run(config: Config) -> OpenRun:
     for location, manifest in zip(config.data.locations(), manifests, strict=True):
         _check_data(config, manifest, location)
     copies = {_manifest_copy(number): manifest for number, manifest in enumerate(manifests)}
-    _check_same_run(config, directory, copies)
+    opened = OpenRun(config, directory, None)
+    latest = build_checkpoints(opened)[0].latest()
+    _check_same_run(config, open_folder(directory), read_marker(latest)["step"] if latest else 0, copies)
+    if mirror := build_mirror(opened):
+        _restore(opened, mirror, copies)
     with storage_errors("create", directory):
         directory.mkdir(parents=True, exist_ok=True)
     atomic_write(directory / CONFIG_FILE, to_yaml(config).encode())
@@ -62,6 +85,8 @@ def _with_absolute_locations(config: Config, root: Path, embedded: Path) -> Conf
         overrides["data.mix"] = [{"shards": absolute(part.shards), "weight": part.weight} for part in config.data.mix]
     else:
         overrides["data.shards"] = absolute(config.data.shards or str(embedded))
+    if config.checkpoint.mirror is not None:
+        overrides["checkpoint.mirror"] = absolute(config.checkpoint.mirror)
     if config.data.cache_dir is not None:
         overrides["data.cache_dir"] = str(local_path(config.data.cache_dir))
     if is_file_name(config.evaluation.extractor):
@@ -97,18 +122,32 @@ def _check_data(config: Config, manifest: Manifest, location: str) -> None:
         load_extractor(config.evaluation.extractor, config.evaluation.extractor_weights)(image)
 
 
-def _check_same_run(config: Config, directory: Path, manifests: Mapping[str, Manifest]) -> None:
-    """A run that has begun goes on only as what it was."""
-    file = directory / CONFIG_FILE
-    begun = (directory / METRICS_FILE).exists() or (directory / CHECKPOINTS).exists()
-    if not begun or not file.exists():  # an attempt that failed before its first step binds nobody
+def _restore(opened: OpenRun, mirror: Mirror, manifests: Mapping[str, Manifest]) -> None:
+    """Fetch the run from its mirror where that is ahead of the run directory, as on a new machine."""
+    newer = mirror.newer()
+    if not newer:
         return
-    before = _deciding(parse(Config, yaml.safe_load(file.read_text(encoding="utf-8")), str(file)))
+    _check_same_run(opened.config, mirror.reports, step_of(newer[0]), manifests)
+    record = opened.directory / ID_FILE
+    if not record.exists() and mirror.reports.size(ID_FILE) is not None:
+        content = mirror.reports.read(ID_FILE)
+        # An MLflow store in a file is lost with its machine; a server goes on with the same MLflow run.
+        if not json.loads(content)["tracking_uri"].startswith("sqlite:"):
+            LocalFolder(opened.directory).write(ID_FILE, content)
+    mirror.fetch(newer)
+
+
+def _check_same_run(config: Config, place: Folder, step: int, manifests: Mapping[str, Manifest]) -> None:
+    """A run that has begun goes on only as what it was: that of ``place``, which has made ``step`` steps."""
+    begun = step > 0 or place.size(METRICS_FILE) is not None
+    if not begun or place.size(CONFIG_FILE) is None:  # an attempt that failed before its first step binds nobody
+        return
+    before = _deciding(parse(Config, yaml.safe_load(place.read(CONFIG_FILE)), f"{place.url}/{CONFIG_FILE}"))
     for key, value in _deciding(config).items():
         if before[key] != value and not key.startswith(RESUMABLE_KEYS):
             raise ConfigError(
                 f"{key} was {before[key]} when the run {config.run.name} started and is now {value};"
-                f" start another run with --run.name, or delete {directory} to start this one over."
+                f" start another run with --run.name, or delete {place.url} to start this one over."
             )
     if before["train.steps"] != config.train.steps and config.optimizer.schedule != "constant":
         raise ConfigError(
@@ -116,16 +155,13 @@ def _check_same_run(config: Config, directory: Path, manifests: Mapping[str, Man
             f" {config.train.steps}, which would change the learning rates of its {config.optimizer.schedule} schedule;"
             " keep it, or start another run with --run.name."
         )
-    latest = Checkpoints(directory / CHECKPOINTS, config.checkpoint.keep).latest()
-    step = read_marker(latest)["step"] if latest else 0
     if config.train.steps < step:
         raise ConfigError(
             f"train.steps={config.train.steps} must be at least the {step} steps that the run {config.run.name} has"
             " made already; raise it, or start another run with --run.name."
         )
     for location, (name, manifest) in zip(config.data.locations(), manifests.items(), strict=True):
-        copy = directory / name
-        if copy.exists() and Manifest.model_validate_json(copy.read_bytes()) != manifest:
+        if place.size(name) is not None and Manifest.model_validate_json(place.read(name)) != manifest:
             raise DataError(
                 f"The shards in {location} are not those that the run {config.run.name} started with; restore"
                 " them, or start another run with --run.name."

@@ -267,7 +267,8 @@ def message_of_the_start(rank: int, opened: OpenRun) -> str:
     "content",
     [b"", b"\x00\xff", b"[]", b"7", b"{}", b'{"format": 1}', b'{"format": 1, "step": 6}',
      b'{"format": 1, "step": "six", "files": {}}', b'{"format": 1, "step": 6, "files": []}',
-     b'{"format": 1, "step": 6, "files": {"x": {}}}', b'{"format": 1, "step": 6, "files": {"x": {"sha256": "?"}}}'],
+     b'{"format": 1, "step": 6, "files": {"x": {}}}', b'{"format": 1, "step": 6, "files": {"x": {"sha256": "?"}}}',
+     b'{"format": 1, "step": 6, "files": {"../x": {"sha256": "00"}}}'],
 )  # fmt: skip
 def test_a_marker_of_rubbish_is_named(content: bytes, root: Path, shards: Path) -> None:
     (checkpoint(root, 6) / MARKER).write_bytes(content)

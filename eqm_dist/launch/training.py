@@ -5,7 +5,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from eqm_dist.build import CHECKPOINTS, METRICS_FILE, OpenRun, build_checkpoints, derived_numbers, step_size_warning
+from eqm_dist.build import (
+    CHECKPOINTS,
+    METRICS_FILE,
+    OpenRun,
+    build_checkpoints,
+    build_mirror,
+    derived_numbers,
+    step_size_warning,
+)
 from eqm_dist.config import Config, to_yaml
 from eqm_dist.launch import local
 from eqm_dist.logs import setup_logging
@@ -38,6 +46,8 @@ def train(config: Config) -> str:
             _run(opened)
             result = read_result(opened.directory)
             assert result is not None
+        if mirror := build_mirror(opened):
+            mirror.complete()
     return _closing_report(opened, result)
 
 

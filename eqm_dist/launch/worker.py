@@ -29,6 +29,8 @@ def run_to_end(opened: OpenRun, run: Run) -> None:
     finally:
         if run.tracker is not None:
             run.tracker.finish()
+        if run.mirror is not None:  # however the run ends, what it has saved arrives
+            run.mirror.wait()
     if rank() == 0:
         write_result(
             opened.directory,

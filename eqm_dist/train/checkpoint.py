@@ -171,10 +171,13 @@ class Checkpoints:
             raise StorageError(f"Saving step {step:,} failed on rank {at}: {error} Nothing was lost: {good}.")
         return {name: record for part in outcomes for name, record in part.items()}
 
+    def kept(self, steps: Sequence[int]) -> set[int]:
+        """Those of the steps, given in order, whose checkpoints are kept."""
+        return {*steps[-self.keep :], *self.also_keep(steps)}
+
     def retire(self) -> None:
         """Remove the checkpoints that are not to be kept, and what killed saves and removals left behind."""
-        steps = self.steps()
-        kept = {self.path(step) for step in {*steps[-self.keep :], *self.also_keep(steps)}}
+        kept = {self.path(step) for step in self.kept(self.steps())}
         for old in set(self.directory.glob("step_*")) - kept:
             (old / MARKER).unlink(missing_ok=True)  # first: a half-removed checkpoint is not a checkpoint
             shutil.rmtree(old, ignore_errors=True)
@@ -187,23 +190,38 @@ def read_marker(path: Path) -> dict[str, Any]:
         CheckpointError: no marker, or not one of ours.
     """
     try:
-        marker = json.loads((path / MARKER).read_bytes())
+        content = (path / MARKER).read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"A checkpoint must have a {MARKER}, but {path} has none; it was not finished, use another."
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path / MARKER} cannot be read ({error.strerror}); check the disk.") from error
+    return parse_marker(content, path)
+
+
+def parse_marker(content: bytes, path: str | Path) -> dict[str, Any]:
+    """The marker of the checkpoint ``path`` from the bytes of its file.
+
+    Raises:
+        CheckpointError: it is not one of ours.
+    """
+    try:
+        marker = json.loads(content)
         if marker["format"] != FORMAT:
             raise CheckpointError(
                 f"A checkpoint must have format {FORMAT}, but {path} has {marker['format']}; use the matching release."
             )
         if not isinstance(marker["step"], int):
             raise TypeError(f"step {marker['step']!r}")
-        for record in marker["files"].values():
+        for name, record in marker["files"].items():
             bytes.fromhex(record["sha256"])
+            if Path(name).name != name:  # one from elsewhere must not lead out of its directory
+                raise ValueError(f"file name {name!r}")
         return marker
-    except FileNotFoundError:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"A checkpoint must have a {MARKER}, but {path} has none; it was not finished, use another."
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path / MARKER} is damaged ({error!r}); delete that directory to resume from the one before."
+            f"{path}/{MARKER} is damaged ({error!r}); delete that directory to resume from the one before."
         ) from error
 
 

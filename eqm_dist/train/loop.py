@@ -20,6 +20,7 @@ from eqm_dist.train.distributed import rank
 from eqm_dist.train.engine import Engine
 from eqm_dist.train.evaluations import Evaluations
 from eqm_dist.train.meters import Interval, Meters
+from eqm_dist.train.mirror import Mirror
 from eqm_dist.train.schedule import LearningRateSchedule
 from eqm_dist.train.state import TrainState
 
@@ -72,6 +73,7 @@ class Run:
         log_every, save_every: steps between.
         flops_per_image: training FLOPs of one image, for the utilisation.
         peak_flops: what the device could do at best, over all ranks; None if unknown.
+        mirror: where checkpoints are copied in the background; None without one, and except on rank 0.
         on_checkpoint: called on every rank after a checkpoint is whole.
     """
 
@@ -93,6 +95,7 @@ class Run:
     save_every: int
     flops_per_image: float
     peak_flops: float | None = None
+    mirror: Mirror | None = None
     on_checkpoint: Callable[[Path, int], None] = lambda path, step: None
     state: TrainState = field(default_factory=TrainState)
 
@@ -207,6 +210,8 @@ def log_evaluations(evaluations: Evaluations, tracker: Tracker) -> None:
 def _save(run: Run, weights: Mapping[str, Tensor]) -> None:
     started = time.perf_counter()
     path = run.checkpoints.save(run.engine, run.state.step, weights, run.config_yaml)
+    if run.mirror is not None:
+        run.mirror.copy(path)
     run.on_checkpoint(path, run.state.step)
     if rank() == 0:
         seconds = time.perf_counter() - started
