@@ -1,6 +1,7 @@
 """The command that prepares and verifies shards."""
 
 import contextlib
+import gzip
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from eqm_dist.data.manifest import read_manifest
 from eqm_dist.data.verify import verify_shards
 from eqm_dist.errors import ConfigError, DataError, StorageError
 from pipelines.prepare_shards import main
-from tests.images import encoded, pixels, write_tree
+from tests.images import encoded, pixels, write_idx, write_tree
 from tests.test_data_shards import read_with_webdataset
 from tests.vae import save_tiny_vae
 
@@ -381,6 +382,61 @@ def test_merge_refuses_data_sets_that_differ(tmp_path: Path) -> None:
 
 
 # --- real images ---
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="needs the Debian package dataset-fashion-mnist")
+@pytest.mark.parametrize("kind", ["idx", "folder"])
+def test_images_of_ones_own_go_through_prepare_classifier_training_and_fid(kind: str, tmp_path: Path) -> None:
+    """One command each, on 400 images: as IDX files, or as a tree of mixed kinds with a broken file in a hundred."""
+    number = 400
+    images, labels = (
+        np.frombuffer(gzip.decompress((FASHION_MNIST / f"t10k-{name}-ubyte.gz").read_bytes()), np.uint8, offset=header)
+        for name, header in (("images-idx3", 16), ("labels-idx1", 8))
+    )
+    images, labels = images.reshape(-1, 28, 28)[:number], labels[:number]
+    source = tmp_path / "images"
+    source.mkdir()
+    if kind == "idx":
+        write_idx(source / "train-images-idx3-ubyte", images)
+        write_idx(source / "train-labels-idx1-ubyte", labels)
+    else:
+        write_mixed_tree(source, images, labels)
+    options = [] if kind == "idx" else ["--resolution", "28", "--channels", "1", "--max-bad-fraction", "0.02"]
+    shards, classifier = tmp_path / "shards", tmp_path / "classifier.safetensors"
+    done = run("--source", kind, "--input", str(source), "--out", str(shards), *options, *LOCAL)
+    assert done.returncode == 0, done.stderr
+    assert read_manifest(shards).num_samples == (number if kind == "idx" else number - number // 100)
+
+    command = f"pipelines/train_classifier.py --shards {shards} --out {classifier} --steps 60"
+    trained = subprocess.run([sys.executable, *command.split()], cwd=SCRIPT.parents[1], capture_output=True, text=True)
+    assert trained.returncode == 0, trained.stderr
+    evaluated = f"--evaluation.every 3 --evaluation.samples 100 --evaluation.extractor {classifier}".split()
+    result = train_shards(
+        tmp_path,
+        shards,
+        "[1,28,28]",
+        10,
+        *evaluated,
+        "--evaluation.sampler.evaluations",
+        "5",
+        "--model.patch_size",
+        "7",
+    )
+    assert result["metrics"]["eval/fid"] > result["metrics"]["eval/fid_yardstick"] > 0
+    assert list((tmp_path / "run" / "samples").glob("*.png"))
+
+
+def write_mixed_tree(root: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """Grey images as PNG and JPEG files of several modes; one in a hundred is broken."""
+    modes = ["L", "RGB", "RGBA", "LA"]
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        kind, suffix = ("JPEG", "jpg") if number % 5 == 4 else ("PNG", "png")
+        mode = "L" if kind == "JPEG" else modes[number % 5]
+        content = encoded(Image.fromarray(image).convert(mode), kind)
+        path = root / f"{label}" / f"{number:03d}.{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content[: len(content) // 2] if number % 100 == 50 else content)
 
 
 @pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="needs the Debian package dataset-fashion-mnist")

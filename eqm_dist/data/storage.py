@@ -220,7 +220,7 @@ class LocalFolder:
         with storage_errors("read", path):
             try:
                 status = path.stat()
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return None
             return None if stat.S_ISDIR(status.st_mode) else status.st_size
 
