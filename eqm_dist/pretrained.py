@@ -27,7 +27,7 @@ from eqm_dist.core.guidance import TimedField
 from eqm_dist.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from eqm_dist.data.storage import local_path
 from eqm_dist.errors import CheckpointError, ConfigError, DataError
-from eqm_dist.evaluate.generate import Generated, generate
+from eqm_dist.evaluate.generate import Generated, generate, warn_of_failures
 from eqm_dist.models.autoencoder import Autoencoder, load_autoencoder, moments_to_latents
 from eqm_dist.models.sit import SiT
 from eqm_dist.models.sizes import SIZES
@@ -125,7 +125,7 @@ class Pretrained:
                 f" got {int(labels.min())} to {int(labels.max())}."
             )
         sampler = self.config.evaluation.sampler
-        return generate(
+        drawn = generate(
             field or self.field(device),
             indices=indices.to(device),
             labels=labels.to(device),
@@ -139,6 +139,9 @@ class Pretrained:
             start=start,
             start_time=start_time,
         )
+        cut_off, not_finite = int((~drawn.complete).sum()), int((~drawn.finite).sum())
+        warn_of_failures(len(indices), cut_off, not_finite, sampler.evaluations)
+        return drawn
 
     def field(self, device: torch.device) -> TimedField:
         """What samplers follow: (x [B, C, h, w], labels [B], time [B]) -> [B, C, h, w], guided if so configured."""

@@ -142,6 +142,14 @@ def test_a_trained_model_stops_as_its_sampler_says() -> None:
     assert generated.nfe.max() < 90
 
 
+def test_a_trained_model_tells_of_samples_that_break(caplog: pytest.LogCaptureFixture) -> None:
+    config = small(**sampler_overrides("gd", step_size=1e30, stop_norm=1e-3, evaluations=40))
+    model = Pretrained(config, build_model(config).state_dict(), "weights", autoencoder=IdentityAutoencoder.id)
+    model.generate(torch.arange(4), LABELS, seed=0, batch=2, device=torch.device("cpu"))
+    assert "4 of 4 samples were cut off by evaluations=40" in caplog.text
+    assert "4 of 4 samples are not finite" in caplog.text
+
+
 def test_the_histogram_counts_every_sample_once() -> None:
     nfe = torch.tensor([3, 3, 4, 7, 150])
     (axes,) = nfe_histogram(nfe).axes

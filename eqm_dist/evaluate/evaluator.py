@@ -1,6 +1,5 @@
 """What is measured and drawn while a run trains: FID against the training images, its yardstick, a grid of samples."""
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,12 +16,10 @@ from eqm_dist.data.loader import ShardReader
 from eqm_dist.data.order import rank_range
 from eqm_dist.data.storage import storage_errors
 from eqm_dist.evaluate.figures import nfe_histogram
-from eqm_dist.evaluate.generate import Generated, balanced_labels, generate
+from eqm_dist.evaluate.generate import Generated, balanced_labels, generate, warn_of_failures
 from eqm_dist.evaluate.grid import sample_grid
 from eqm_dist.evaluate.metrics import FeatureMoments, feature_moments, frechet_distance, half_split_fid
 from eqm_dist.models.autoencoder import Autoencoder, moments_to_latents
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,15 +74,7 @@ class Evaluator:
         grid = self._first_images(generated.images)
         if self.rank:
             return metrics, []
-        if cut_off:
-            logger.warning(
-                "%d of %d samples were cut off by evaluations=%d before they ended",
-                cut_off,
-                self.samples,
-                self.evaluations,
-            )
-        if not_finite:
-            logger.warning("%d of %d samples are not finite and count as blank images", not_finite, self.samples)
+        warn_of_failures(self.samples, cut_off, not_finite, self.evaluations)
         return metrics, self._draw(grid, nfe, step)
 
     @property

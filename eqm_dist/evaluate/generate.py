@@ -1,5 +1,6 @@
 """Images for given sample indices: image i depends on (weights, seed, i) alone, whoever generates it."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from eqm_dist.core.corruption import per_sample
 from eqm_dist.core.guidance import TimedField
 from eqm_dist.core.samplers import Sampler
 from eqm_dist.core.sampling import GradientNormStop, in_order, sample_queue
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,16 @@ class Generated:
     nfe: Tensor
     complete: Tensor
     finite: Tensor
+
+
+def warn_of_failures(samples: int, cut_off: int, not_finite: int, evaluations: int) -> None:
+    """Log how many of the samples are not what was asked for: not complete, or not finite."""
+    if cut_off:
+        logger.warning(
+            "%d of %d samples were cut off by evaluations=%d before they ended", cut_off, samples, evaluations
+        )
+    if not_finite:
+        logger.warning("%d of %d samples are not finite and became blank images", not_finite, samples)
 
 
 def balanced_labels(indices: Tensor, num_classes: int) -> Tensor:
