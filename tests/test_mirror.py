@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
@@ -152,6 +155,34 @@ def test_a_mirror_of_another_run_is_refused_before_anything_is_fetched(
     assert "run.seed was 1 when the run tiny started and is now 0" in refused.err
     assert f"or delete {url}/tiny to start this one over" in refused.err
     assert not (tmp_path / "new" / "tiny").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_on_ray_goes_on_exactly_from_its_mirror_alone(
+    tmp_path: Path, shards: Path, clean: Path, endpoint: str
+) -> None:
+    """On one worker with the plain engine, whose arithmetic is that of a run without Ray, so bit for bit."""
+    on_ray = {"launch.launcher": "ray", "launch.workers": 1, "launch.cpus_per_worker": 1, "engine.kind": "torch"}
+    outputs = []
+    for reached in (4, 6):
+        shutil.rmtree(tmp_path / "tiny", ignore_errors=True)
+        mirror = f"s3://{s3.BUCKET}/ray"
+        values = tiny.overrides(tmp_path, shards, **settings(mirror, **on_ray, **{"train.steps": reached}))
+        done = subprocess.run(
+            [sys.executable, "pipelines/train.py", *tiny.flags(values)],
+            cwd=Path(__file__).parents[1],
+            env={**os.environ, **s3.environment(endpoint), "RAY_ADDRESS": "local"},
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert done.returncode == 0, done.stderr + done.stdout
+        outputs.append(done.stdout)
+        assert steps(endpoint, "ray")[-1] == reached
+    assert "fetched step_00000004 from " in outputs[1]
+    assert "resumes at step 4" in outputs[1]
+    assert losses(tmp_path / "tiny") == losses(clean)
 
 
 # --- damage ---
