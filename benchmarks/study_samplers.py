@@ -2,8 +2,8 @@
 
 python pipelines/train.py                                                           # runs/digits
 python pipelines/train.py --run.name fm --objective.kind flow_matching --evaluation.every 0
-python benchmarks/study_samplers.py --eqm runs/digits --flow-matching runs/fm [--seeds 0 1 2] [--studies adaptive ...]
-python benchmarks/study_samplers.py --draw benchmarks/results/samplers_....json     # figures of docs/images
+python -m benchmarks.study_samplers --eqm runs/digits --flow-matching runs/fm [--seeds 0 1 2] [--studies adaptive ...]
+python -m benchmarks.study_samplers --draw benchmarks/results/samplers_....json     # figures of docs/images
 
 One trajectory gives the samples of every number of evaluations, and of every stopping limit: a sample that stopped
 after k evaluations is the x_k of the fixed schedule (tests/test_core_sampling.py). Only ``wall_clock`` needs more: it
@@ -367,7 +367,7 @@ def main() -> None:
         "versions": {"python": platform.python_version(), "torch": version("torch")},
         "rows": [],
     }  # fmt: skip
-    record["commands"].append(" ".join(["python", "benchmarks/study_samplers.py", *sys.argv[1:]]))
+    record["commands"].append(" ".join(["python", "-m", "benchmarks.study_samplers", *sys.argv[1:]]))
     for seed in options.seeds:
         for name in options.studies:
             study, samples = STUDIES[name]
