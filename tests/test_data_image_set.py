@@ -3,8 +3,9 @@
 import gc
 import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def test_stock_webdataset_reads_the_tars(tmp_path: Path) -> None:
     tars = sorted(str(path) for path in tmp_path.glob("*.tar"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves its files to the garbage collector
-        read: list[Any] = list(WebDataset(tars, shardshuffle=False).decode("rgb8"))
+        read = list(cast("Iterable[dict[str, Any]]", WebDataset(tars, shardshuffle=False).decode("rgb8")))
         gc.collect()
     assert [sample["__key__"] for sample in read] == [f"{i:06d}" for i in range(7)]
     assert [sample["cls"] for sample in read] == [0, 1, 2, 0, 1, 2, 0]
