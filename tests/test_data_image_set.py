@@ -21,10 +21,14 @@ def images_of(channels: int, count: int = 7) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 5, 4, channels), dtype=np.uint8)
 
 
+def facts_of(numbers: np.ndarray) -> dict[str, np.ndarray]:
+    return {"label": numbers % 3, "nfe": numbers + 10, "complete": numbers != 2, "finite": numbers < 4}
+
+
 def fill(images: ImageSet, pixels: np.ndarray) -> None:
     for unit in images.missing():
         numbers = np.arange(unit.start, unit.stop)
-        images.write(unit, pixels[unit.start : unit.stop], numbers % 3, numbers + 10)
+        images.write(unit, pixels[unit.start : unit.stop], facts_of(numbers))
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -38,7 +42,10 @@ def test_what_is_written_reads_back(tmp_path: Path, format: Format, channels: in
     assert record["label_histogram"] == [3, 2, 2]
     assert np.array_equal(np.stack(list(images.read(7))), pixels)
     assert len(list(images.read(2))) == 2
-    assert (tmp_path / "out" / "labels.csv").read_text().splitlines()[:3] == ["index,label,nfe", "0,0,10", "1,1,11"]
+    lines = (tmp_path / "out" / "samples.csv").read_text().splitlines()
+    assert lines[:4] == ["index,label,nfe,complete,finite", "0,0,10,1,1", "1,1,11,1,1", "2,2,12,0,1"]
+    assert (record["cut_off"], record["not_finite"]) == (1, 3)
+    assert images.nfe() == list(range(10, 17))
     assert json.loads((tmp_path / "out" / "samples.json").read_bytes())["a"] == 1
     again = open_image_set(tmp_path / "out", SETTINGS, format, count=7, unit=5)
     assert again.complete()
@@ -73,7 +80,7 @@ def test_stock_webdataset_reads_the_tars(tmp_path: Path) -> None:
 def test_a_set_that_was_begun_keeps_its_units_and_its_settings(tmp_path: Path) -> None:
     first = open_image_set(tmp_path, SETTINGS, "png", count=7, unit=3)
     unit = first.units()[1]
-    first.write(unit, images_of(1)[3:6], np.arange(3), np.arange(3))
+    first.write(unit, images_of(1)[3:6], facts_of(np.arange(3, 6)))
     again = open_image_set(tmp_path, SETTINGS, "png", count=7, unit=100)
     assert [unit.number for unit in again.missing()] == [0, 2]
     with pytest.raises(ConfigError, match="was begun with seed 3, and now it is 4; keep it, or choose another --out"):

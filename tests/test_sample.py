@@ -13,8 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from eqm_dist import rng
 from eqm_dist.errors import ConfigError
 from eqm_dist.evaluate.labels import labels_of
+from eqm_dist.pretrained import load
 from pipelines.sample import main
 from tests import tiny
 
@@ -137,6 +139,22 @@ def test_the_report_and_the_grid(run: Path, tmp_path: Path, capsys: pytest.Captu
         assert grid.mode == "RGB"
     with np.load(tmp_path / "out" / "samples.npz", allow_pickle=False) as file:
         assert file["arr_1"].tolist() == [2, 1] * 6
+
+
+def test_adaptive_compute_is_shown_and_trouble_told(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--model", str(run), "--samples", "40", *LOCAL]
+    model, indices = load(run), torch.arange(40)
+    start = rng.normal(0, rng.Stream.START_NOISE, indices, (1, 4, 4))
+    norms = model.field(torch.device("cpu"))(start, indices % 3, torch.zeros(40)).square().mean((1, 2, 3)).sqrt()
+    limit = f"{norms.median().item():.4f}"  # half of them stop at once
+    main([*common, "--out", str(tmp_path / "a"), "--evaluation.sampler.stop_norm", limit])
+    report = capsys.readouterr().out
+    assert "(from " in report
+    Image.open(tmp_path / "a" / "nfe.png").verify()
+    main([*common, "--out", str(tmp_path / "b"), "--evaluation.sampler.step_size", "1e30"])
+    assert "40 images, which are blank; use a smaller step size" in capsys.readouterr().out
 
 
 def test_what_cannot_be_drawn_is_said_before_anything_is_written(run: Path, tmp_path: Path) -> None:

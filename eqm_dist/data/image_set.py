@@ -4,12 +4,13 @@
     OUT/000000.png ...       --format png: one file an image
     OUT/samples-00000.tar    --format tar: KEY.png and KEY.cls, a WebDataset, one tar a unit
     OUT/samples.npz          --format npz: arr_0 [N, H, W, C] uint8 and arr_1 [N] labels, as ADM's evaluation reads it
-    OUT/labels.csv           index, label, nfe
+    OUT/samples.csv          index, label, nfe, complete, finite
     OUT/samples.json         written last: the settings, and what was drawn
 
 A unit is a range of images; it is there when its record in OUT/.units is.
 """
 
+import csv
 import io
 import json
 import shutil
@@ -32,7 +33,7 @@ Format = Literal["png", "tar", "npz"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 SETTINGS_FILE = "settings.json"
 RECORD_FILE = "samples.json"
-LABELS_FILE = "labels.csv"
+FACTS_FILE = "samples.csv"
 NPZ_FILE = "samples.npz"
 _UNITS = ".units"
 
@@ -78,8 +79,14 @@ class ImageSet:
         """Whether everything is there."""
         return (self.directory / RECORD_FILE).exists()
 
-    def write(self, unit: Unit, images: np.ndarray, labels: np.ndarray, nfe: np.ndarray) -> None:
-        """Write a unit: images [n, H, W, C] uint8, labels [n], evaluations [n]; its record last.
+    def write(self, unit: Unit, images: np.ndarray, facts: Mapping[str, np.ndarray]) -> None:
+        """Write a unit, its record last.
+
+        Args:
+            unit: which.
+            images: [n, H, W, C] uint8.
+            facts: [n] each: ``label``; ``nfe``, the evaluations; ``complete``, whether the sampler came to its end;
+                ``finite``, whether the latents were numbers.
 
         Raises:
             StorageError: a file cannot be written.
@@ -90,12 +97,12 @@ class ImageSet:
                 with storage_errors("write", path):
                     path.write_bytes(_png(image))
         elif self.format == "tar":
-            atomic_write(self.directory / f"samples-{unit.number:05d}.tar", _tar(unit, images, labels))
+            atomic_write(self.directory / f"samples-{unit.number:05d}.tar", _tar(unit, images, facts["label"]))
         else:
             content = io.BytesIO()
             np.save(content, images)
             atomic_write(self._pixels(unit), content.getbuffer())
-        record = {"labels": labels.tolist(), "nfe": nfe.tolist()}
+        record = {name: values.tolist() for name, values in facts.items()}
         atomic_write(self._record(unit), json.dumps(record).encode())
 
     def finish(self, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,20 +112,28 @@ class ImageSet:
             StorageError: a file cannot be written.
         """
         units = [json.loads(self._record(unit).read_bytes()) for unit in self.units()]
-        labels = [label for unit in units for label in unit["labels"]]
-        nfe = [evaluations for unit in units for evaluations in unit["nfe"]]
-        lines = ["index,label,nfe", *(f"{i},{label},{n}" for i, (label, n) in enumerate(zip(labels, nfe, strict=True)))]
-        atomic_write(self.directory / LABELS_FILE, ("\n".join(lines) + "\n").encode())
+        facts = {name: [value for unit in units for value in unit[name]] for name in units[0]}
+        lines = [",".join(["index", *facts])]
+        lines += [",".join(map(str, map(int, row))) for row in zip(range(self.count), *facts.values(), strict=True)]
+        atomic_write(self.directory / FACTS_FILE, ("\n".join(lines) + "\n").encode())
         if self.format == "npz":
-            self._join(np.array(labels))
+            self._join(np.array(facts["label"]))
+        nfe = facts["nfe"]
         whole = {
             **record,
             "nfe": {"mean": float(np.mean(nfe)), "min": min(nfe), "max": max(nfe)},
-            "label_histogram": np.bincount(labels).tolist(),
+            "cut_off": facts["complete"].count(False),
+            "not_finite": facts["finite"].count(False),
+            "label_histogram": np.bincount(facts["label"]).tolist(),
         }
         atomic_write(self.directory / RECORD_FILE, (json.dumps(whole, indent=1) + "\n").encode())
         shutil.rmtree(self.directory / _UNITS)
         return whole
+
+    def nfe(self) -> list[int]:
+        """The evaluations of every image of a complete set."""
+        with (self.directory / FACTS_FILE).open(newline="") as file:
+            return [int(row["nfe"]) for row in csv.DictReader(file)]
 
     def read(self, count: int) -> Iterator[np.ndarray]:
         """The first ``count`` images [H, W, C] of a complete set, as they were written."""

@@ -16,6 +16,7 @@ from eqm_dist.data.image_set import RECORD_FILE, Format, ImageSet, Unit, open_im
 from eqm_dist.data.loader import ShardReader
 from eqm_dist.data.storage import storage_errors
 from eqm_dist.errors import ConfigError, DataError
+from eqm_dist.evaluate.figures import nfe_histogram
 from eqm_dist.evaluate.grid import sample_grid
 from eqm_dist.evaluate.labels import labels_of
 from eqm_dist.logs import Progress
@@ -23,9 +24,8 @@ from eqm_dist.models.autoencoder import moments_to_latents
 from eqm_dist.pretrained import Pretrained
 from eqm_dist.provenance import provenance
 
-UNIT = 1024
-"""Most images of a unit, which is what a kill can cost an actor."""
-UNITS_PER_ACTOR = 4
+LEAST_UNIT, MOST_UNIT, UNITS = 32, 1024, 128
+"""A set has about so many units, for any number of actors to share; one is what a kill can cost an actor."""
 GRID_CLASSES, GRID_COLUMNS = 10, 10
 
 Result = TypeVar("Result")
@@ -69,7 +69,7 @@ def draw(
         "labels": labels,
         "seed": seed,
     }
-    unit = max(1, min(UNIT, math.ceil(samples / (UNITS_PER_ACTOR * (actors or 2)))))
+    unit = max(LEAST_UNIT, min(MOST_UNIT, math.ceil(samples / UNITS)))
     images = open_image_set(out, settings, format, samples, unit)
     if not images.complete():
         missing = images.missing()
@@ -96,7 +96,8 @@ class DrawUnit:
         indices = torch.arange(unit.start, unit.stop)
         labels = labels_of(self.labels, indices, self.model.config.data.num_classes, self.seed)
         drawn = self.model.generate(indices, labels, self.seed, self.batch, device)
-        self.images.write(unit, drawn.images.cpu().numpy(), labels.numpy(), drawn.nfe.cpu().numpy())
+        facts = {"label": labels, "nfe": drawn.nfe, "complete": drawn.complete, "finite": drawn.finite}
+        self.images.write(unit, drawn.images.cpu().numpy(), {name: fact.cpu().numpy() for name, fact in facts.items()})
 
 
 def run_units(
@@ -121,15 +122,22 @@ def _report(model: Pretrained, images: ImageSet, out: Path) -> str:
     with storage_errors("write", grid):
         sample_grid(first, labels, GRID_COLUMNS).save(grid)
     nfe = record["nfe"]
-    spent = f"{nfe['mean']:,.1f} (from {nfe['min']:,} to {nfe['max']:,})" if nfe["min"] < nfe["max"] else nfe["min"]
     lines = {
         "model": f"{model.source}{f', step {model.step:,}' if model.step is not None else ''}",
         "images": f"{images.count:,} as {images.format}, labels {record['labels']}, seed {record['seed']}",
-        "evaluations": f"{spent} an image",
+        "evaluations": f"{nfe['mean']:,.4g} an image",
         "speed": f"{record['images_per_s']:,.1f} images/s",
         "grid": str(grid),
-        "record": str(out / RECORD_FILE),
     }
+    if nfe["min"] < nfe["max"]:
+        lines["evaluations"] += f" (from {nfe['min']:,} to {nfe['max']:,}): {out / 'nfe.png'}"
+        with storage_errors("write", out / "nfe.png"):
+            nfe_histogram(torch.tensor(images.nfe())).savefig(out / "nfe.png", dpi=120)
+    if record["cut_off"]:
+        lines["cut off"] = f"{record['cut_off']:,} images by evaluation.sampler.evaluations, before they came to an end"
+    if record["not_finite"]:
+        lines["not finite"] = f"{record['not_finite']:,} images, which are blank; use a smaller step size"
+    lines["record"] = str(out / RECORD_FILE)
     width = max(map(len, lines))
     return "\n".join(["", f"{out} is complete", *(f"  {key:<{width}}  {text}" for key, text in lines.items())])
 
