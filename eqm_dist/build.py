@@ -48,6 +48,7 @@ from eqm_dist.data.storage import DEADLINE_S, is_remote, local_path
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.evaluator import Evaluator
 from eqm_dist.evaluate.extractors import load_extractor
+from eqm_dist.evaluate.images import TrainingImages
 from eqm_dist.models.autoencoder import Autoencoder, IdentityAutoencoder, load_autoencoder
 from eqm_dist.models.sit import SiT
 from eqm_dist.models.sizes import SIZES, forward_macs, parameter_count, training_flops_per_image
@@ -459,24 +460,30 @@ def _build_engine(
     )
 
 
-def build_evaluator(config: Config, directory: Path, reader: ShardReader, device: torch.device) -> Evaluator:
+def build_evaluator(
+    config: Config, directory: Path, reader: ShardReader, device: torch.device, cache: str | None = None
+) -> Evaluator:
     """What measures a run while it trains. A collective when called, so every rank builds one."""
     model = build_model(config).to(device).eval()
-    evaluation = config.evaluation
+    autoencoder, evaluation = build_autoencoder(reader.manifest), config.evaluation
     return Evaluator(
         model=model,
         field=build_field(config, model, config.data.num_classes),
         sampler=build_sampler(evaluation.sampler),
         evaluations=evaluation.sampler.evaluations,
         stop=build_stop(evaluation.sampler),
-        autoencoder=build_autoencoder(reader.manifest),
-        reader=reader,
+        autoencoder=autoencoder,
+        real=TrainingImages(config.data.shards or "", reader, autoencoder, device),
+        num_classes=config.data.num_classes,
+        latent_shape=config.data.latent_shape,
         extractor=load_extractor(evaluation.extractor, evaluation.extractor_weights).to(device),
+        metrics=evaluation.metrics,
         samples=evaluation.samples,
         batch=evaluation.batch,
         columns=evaluation.grid_columns,
         seed=config.run.seed,
         directory=directory / "samples",
+        cache=cache,
         rank=rank(),
         world=world_size(),
         all_reduce_sum=all_reduce_sum,

@@ -438,8 +438,10 @@ class EvaluationConfig(Section):
     """Evaluate saved checkpoints in a Ray task of its own, on resources that training leaves free, and train on."""
     cpus: PositiveInt | None = None
     """CPUs of that task, which also gets a GPU if the workers have any; default 1; apart only."""
+    metrics: tuple[Literal["fid", "sfid", "kid", "is", "precision", "recall"], ...] = ("fid",)
+    """What is measured, the FID among it; others need evaluation.apart, or launch.launcher=local."""
     samples: PositiveInt = 1797
-    """Images generated for the FID, balanced over the classes."""
+    """Images generated for the metrics, balanced over the classes."""
     batch: PositiveInt = 256
     """Images generated at once per worker."""
     grid_columns: PositiveInt = 10
@@ -453,9 +455,11 @@ class EvaluationConfig(Section):
     """How the images are drawn."""
 
     @model_validator(mode="after")
-    def _cpus_are_of_the_task(self) -> Self:
+    def _parts_agree(self) -> Self:
         if self.cpus is not None and not self.apart:
             raise ValueError(f"cpus={self.cpus} has no effect with apart=false; leave it out or use apart=true")
+        if "fid" not in self.metrics:
+            raise ValueError(f"metrics must hold fid, which says what checkpoint is best, got {list(self.metrics)}")
         return self
 
 
@@ -524,6 +528,12 @@ class Config(Section):
                 raise ValueError(str(error).removesuffix(".")) from None
         if self.data.mix and self.evaluation.every:
             raise ValueError("evaluation compares with one data set, and data.mix has several; set evaluation.every=0")
+        alone = self.evaluation.apart or self.launch.launcher == "local"
+        if self.evaluation.metrics != ("fid",) and not alone:
+            raise ValueError(
+                f"evaluation.metrics={list(self.evaluation.metrics)} keeps features of every image, which only one"
+                " process can; use evaluation.apart=true, or fid alone"
+            )
         if self.evaluation.apart and not self.evaluation.every:
             raise ValueError("evaluation.apart has no effect with evaluation.every=0; leave it out or raise every")
         if self.evaluation.apart and self.launch.launcher == "local":

@@ -11,6 +11,7 @@ from eqm_dist.build import build_evaluator, build_model
 from eqm_dist.config import with_overrides
 from eqm_dist.data.loader import ShardReader
 from eqm_dist.data.shards import digits_shards
+from eqm_dist.errors import ConfigError
 from eqm_dist.evaluate.evaluator import Evaluator
 from eqm_dist.presets import digits
 from tests.distributed import run_ranks
@@ -65,7 +66,30 @@ def test_figures_and_picture_do_not_depend_on_the_number_of_workers(shards: Path
 def test_the_real_images_are_those_of_the_shards(shards: Path, tmp_path: Path) -> None:
     from sklearn.datasets import load_digits
 
-    images = torch.cat(list(evaluator(shards, tmp_path).real_images(0, 1797))).numpy()
+    images = torch.cat(list(evaluator(shards, tmp_path).real.read(0, 1797, 256))).numpy()
     levels = np.rint(images[..., 0].astype(float) * 16 / 255)
     pixels, _ = load_digits(return_X_y=True)
     np.testing.assert_array_equal(levels.reshape(1797, 64), pixels)
+
+
+def test_all_metrics_come_with_the_fid_where_one_process_measures(shards: Path, tmp_path: Path) -> None:
+    names = ["fid", "kid", "is", "precision", "recall"]
+    options = {
+        **OVERRIDES, "evaluation.metrics": names, "evaluation.samples": 1000, "launch.launcher": "local",
+        "evaluation.sampler.evaluations": 1,
+    }  # fmt: skip
+    config = with_overrides(digits(), options)
+    weights = build_model(config).state_dict()
+    cache = str(tmp_path / "cache")
+    first, second = (
+        build_evaluator(config, tmp_path, ShardReader(shards), torch.device("cpu"), cache)(weights, 5)[0]
+        for _ in range(2)
+    )
+    assert {f"eval/{name}" for name in names} <= first.keys()
+    assert second == first  # the second time the real images come from the cache
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert 1 <= first["eval/is"] <= 10
+    with pytest.raises(ConfigError, match="keeps features of every image, which only one process can"):
+        with_overrides(config, {"launch.launcher": "ray"})
+    with pytest.raises(ConfigError, match="metrics must hold fid"):
+        with_overrides(config, {"evaluation.metrics": ["kid"]})

@@ -66,7 +66,9 @@ def test_what_sample_writes_is_read(tmp_path: Path, pixels: np.ndarray, kind: st
     written = open_image_set(tmp_path / "set", {"seed": 0}, kind, 11, 4)  # pyright: ignore[reportArgumentType]
     for unit in written.units():
         count = unit.stop - unit.start
-        written.write(unit, pixels[unit.start : unit.stop], np.zeros(count, np.int64), np.ones(count, np.int64))
+        one = np.ones(count, np.int64)
+        facts = {"label": 0 * one, "nfe": one, "complete": one > 0, "finite": one > 0}
+        written.write(unit, pixels[unit.start : unit.stop], facts)
     written.finish({})
     Image.new("RGB", (50, 50)).save(tmp_path / "set" / "grid.png")  # as the command leaves it
     np.testing.assert_array_equal(read(open_images(str(tmp_path / "set"))), pixels)

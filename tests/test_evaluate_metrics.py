@@ -132,16 +132,16 @@ def test_half_split_uses_halves_and_all_of_them():
         deviations = np.std(half, ddof=1) - np.std(rest, ddof=1)
         expected.add(round(means**2 + deviations**2, 6))
     assert len(expected) == 3
-    found = {round(half_split_fid(images, Pixels(1), seed, splits=1), 6) for seed in range(40)}
+    found = {round(half_split_fid(Pixels(1)(images), seed, splits=1), 6) for seed in range(40)}
     assert found == expected
-    singles = half_split_fid(images, Pixels(1), seed=5, splits=1), half_split_fid(images, Pixels(1), seed=5, splits=8)
+    singles = half_split_fid(Pixels(1)(images), seed=5, splits=1), half_split_fid(Pixels(1)(images), seed=5, splits=8)
     assert min(expected) <= singles[1] <= max(expected)
-    assert half_split_fid(images, Pixels(1), seed=5, splits=8) == singles[1]
+    assert half_split_fid(Pixels(1)(images), seed=5, splits=8) == singles[1]
 
 
 def test_half_split_of_too_few_images_is_refused():
     with pytest.raises(DataError, match="at least two images"):
-        half_split_fid(random_images(0, 3), Pixels(4), seed=0)
+        half_split_fid(Pixels(4)(random_images(0, 3)), seed=0)
 
 
 def test_fid_of_the_digits_grows_with_the_damage():
@@ -155,6 +155,6 @@ def test_fid_of_the_digits_grows_with_the_damage():
     noisy = [fid((images + level * noise).round().clamp(0, 255).to(torch.uint8)) for level in (8, 16, 32, 64)]
     assert noisy == sorted(noisy)
     assert noisy[0] > 0
-    yardstick = half_split_fid(images, classifier, seed=0)
+    yardstick = half_split_fid(classifier(images), seed=0)
     assert noisy[0] < yardstick < noisy[-1]  # the yardstick lies in the range that matters
     assert fid(images[labels != 0]) > yardstick  # a class that is missing

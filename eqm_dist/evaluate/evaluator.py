@@ -1,25 +1,29 @@
 """What is measured and drawn while a run trains: FID against the training images, its yardstick, a grid of samples."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from eqm_dist.core.guidance import TimedField
 from eqm_dist.core.samplers import Sampler
 from eqm_dist.core.sampling import GradientNormStop
-from eqm_dist.data.loader import ShardReader
 from eqm_dist.data.order import rank_range
 from eqm_dist.data.storage import storage_errors
 from eqm_dist.evaluate.figures import nfe_histogram
 from eqm_dist.evaluate.generate import Generated, balanced_labels, generate, warn_of_failures
 from eqm_dist.evaluate.grid import sample_grid
+from eqm_dist.evaluate.images import TrainingImages
 from eqm_dist.evaluate.metrics import FeatureMoments, feature_moments, frechet_distance, half_split_fid
-from eqm_dist.models.autoencoder import Autoencoder, moments_to_latents
+from eqm_dist.evaluate.references import cached_statistics
+from eqm_dist.evaluate.statistics import FEATURES, ImageStatistics, Rows, compute, image_statistics, parts_of
+from eqm_dist.models.autoencoder import Autoencoder
+
+NARROW = 512
+"""Features up to which the yardstick is the mean of several halvings; each of wider ones takes a minute."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,17 @@ class Evaluator:
         field: the field to follow, built on ``model``.
         sampler, evaluations, stop: how to follow it.
         autoencoder: decodes latents.
-        reader: the real images, as the shards of the training set.
+        real: the real images.
+        num_classes: labels are 0 .. num_classes - 1.
+        latent_shape: (C, h, w).
         extractor: images -> features, on the same device.
+        metrics: of ``statistics.PARTS_OF``, the FID among them; others need ``world`` to be 1.
         samples: images to generate in all.
         batch: images generated at once on a rank.
         columns: images per class in the grid.
         seed: seed of the start noise and of the split of the yardstick.
         directory: where grids go.
+        cache: directory that keeps the statistics of the real images for other processes; None keeps none.
         rank, world: this worker's number, and how many there are.
         all_reduce_sum: sums a tensor over ranks.
     """
@@ -48,13 +56,17 @@ class Evaluator:
     evaluations: int
     stop: GradientNormStop | None
     autoencoder: Autoencoder
-    reader: ShardReader
+    real: TrainingImages
+    num_classes: int
+    latent_shape: tuple[int, int, int]
     extractor: nn.Module
+    metrics: Sequence[str]
     samples: int
     batch: int
     columns: int
     seed: int
     directory: Path
+    cache: str | None
     rank: int
     world: int
     all_reduce_sum: Callable[[Tensor], Tensor]
@@ -63,10 +75,9 @@ class Evaluator:
         """Metrics ``eval/...``, and on rank 0 the pictures that were written. A collective."""
         self.model.load_state_dict(weights)
         generated = self._generate()
-        moments = feature_moments(self.extractor, generated.images.split(self.batch), self._device)
         nfe, cut_off, not_finite = self._of_all_ranks(generated)
         metrics = {
-            "eval/fid": frechet_distance(self._reference, moments.merged(self.all_reduce_sum)),
+            **{f"eval/{name}": value for name, value in self._measure(generated.images).items()},
             "eval/fid_yardstick": self._yardstick,
             "eval/samples": float(self.samples),
             "eval/nfe": nfe.double().mean().item(),
@@ -91,8 +102,8 @@ class Evaluator:
         return generate(
             self.field,
             indices=indices,
-            labels=balanced_labels(indices, self.reader.num_classes),
-            latent_shape=self.reader.latent_shape,
+            labels=balanced_labels(indices, self.num_classes),
+            latent_shape=self.latent_shape,
             sampler=self.sampler,
             evaluations=self.evaluations,
             seed=self.seed,
@@ -112,7 +123,7 @@ class Evaluator:
     def _draw(self, grid: Tensor, nfe: Tensor, step: int) -> list[Path]:
         """The grid of samples and, where samples took different numbers of evaluations, the histogram of these."""
         samples, histogram = (self.directory / f"{name}_step{step:08d}.png" for name in ("samples", "nfe"))
-        labels = balanced_labels(torch.arange(len(grid)), self.reader.num_classes)
+        labels = balanced_labels(torch.arange(len(grid)), self.num_classes)
         with storage_errors("write", samples):
             samples.parent.mkdir(parents=True, exist_ok=True)
             sample_grid(grid, labels, self.columns).save(samples)
@@ -123,30 +134,42 @@ class Evaluator:
 
     def _first_images(self, images: Tensor) -> Tensor:
         """The first images of all ranks' together, enough for the grid, on every rank."""
-        wanted = min(self.samples, self.columns * self.reader.num_classes)
+        wanted = min(self.samples, self.columns * self.num_classes)
         start, stop = self._part
         first = torch.zeros((wanted, *images.shape[1:]), dtype=torch.int32, device=images.device)
         stop = max(start, min(stop, wanted))
         first[start:stop] = images[: stop - start].int()
         return self.all_reduce_sum(first).to(torch.uint8).cpu()
 
-    def real_images(self, start: int, stop: int) -> Iterator[Tensor]:
-        """The training images [start, stop) as the autoencoder gives them back from the means, batch by batch."""
-        for first in range(start, stop, self.batch):
-            moments, _ = self.reader.read(np.arange(first, min(stop, first + self.batch)))
-            mean = moments[:, 0].to(self._device)
-            nothing = torch.zeros_like(mean.chunk(2, dim=1)[0])
-            latents = moments_to_latents(mean, nothing, self.autoencoder.latent_scale, self.autoencoder.latent_shift)
-            yield self.autoencoder.decode(latents)
+    def _measure(self, images: Tensor) -> dict[str, float]:
+        """The metrics by name. The FID needs sums, which add over ranks; others are for one process alone."""
+        if self.world > 1:
+            moments = feature_moments(self.extractor, images.split(self.batch), self._device)
+            return {"fid": frechet_distance(self._moments, moments.merged(self.all_reduce_sum))}
+        batches = images.split(self.batch)
+        own = image_statistics(self.extractor, batches, parts=parts_of(self.metrics), device=self._device)
+        return compute(self.metrics, own, self._reference)
 
     @cached_property
-    def _reference(self) -> FeatureMoments:
-        part = rank_range(0, self.reader.manifest.num_samples, self.rank, self.world)
-        return feature_moments(self.extractor, self.real_images(*part), self._device).merged(self.all_reduce_sum)
+    def _moments(self) -> FeatureMoments:
+        part = rank_range(0, len(self.real), self.rank, self.world)
+        return feature_moments(self.extractor, self.real.read(*part, self.batch), self._device).merged(
+            self.all_reduce_sum
+        )
+
+    @cached_property
+    def _reference(self) -> ImageStatistics:
+        """Of all real images, by this process alone."""
+        parts = {FEATURES, *(parts_of(self.metrics) if self.world == 1 else ())}
+        batches = self.real.read(0, len(self.real), self.batch)
+        measure = partial(image_statistics, self.extractor, batches, parts=parts, device=self._device)
+        return cached_statistics(self.real, self.extractor, parts, measure, self.cache) if self.cache else measure()
 
     @cached_property
     def _yardstick(self) -> float:
         if self.rank:  # only rank 0's figures are recorded
             return float("nan")
-        images = torch.cat(list(self.real_images(0, self.reader.manifest.num_samples)))
-        return half_split_fid(images, self.extractor, self.seed)
+        rows = self._reference.parts[FEATURES]
+        assert isinstance(rows, Rows)
+        splits = 16 if rows.values.shape[1] <= NARROW else 1
+        return half_split_fid(rows.values.to(self._device), self.seed, splits)

@@ -268,26 +268,21 @@ def _header(file: IO[bytes], path: Path) -> tuple[int, ...]:
     return shape
 
 
-class ShardImages:
-    """The images of a training set, as its autoencoder gives them back from the means.
+class TrainingImages:
+    """The images of an open training set, as its autoencoder gives them back from the means, on one device."""
 
-    Raises:
-        DataError: the shards are missing or damaged, or their autoencoder is gone.
-    """
-
-    def __init__(self, location: str) -> None:
-        self.location = location if is_remote(location) else str(local_path(location))  # actors work elsewhere
-        self._count = self._reader.manifest.num_samples
+    def __init__(self, location: str, reader: ShardReader, autoencoder: Autoencoder, device: torch.device) -> None:
+        self.location = location
+        self._reader = reader
+        self._autoencoder = autoencoder
+        self._device = device
 
     def __len__(self) -> int:
-        return self._count
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"location": self.location, "_count": self._count}  # an actor opens the shards itself
+        return self._reader.manifest.num_samples
 
     def content_id(self) -> str:
         """See ``Images``; the manifest holds the sha256 of every shard."""
-        return hashlib.sha256(open_folder(self.location).read(MANIFEST_NAME)).hexdigest()
+        return hashlib.sha256(self._reader.manifest.model_dump_json().encode()).hexdigest()
 
     def read(self, start: int, stop: int, batch: int) -> Iterator[Tensor]:
         """See ``Images``."""
@@ -298,16 +293,36 @@ class ShardImages:
             scale, shift = self._autoencoder.latent_scale, self._autoencoder.latent_shift
             yield self._autoencoder.decode(moments_to_latents(mean, nothing, scale, shift))
 
-    @property
-    def _device(self) -> torch.device:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+class ShardImages:
+    """The images of shards; opened where they are read.
+
+    Raises:
+        DataError: the shards are missing or damaged, or their autoencoder is gone.
+    """
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+        self._count = len(self._opened)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"location": self.location, "_count": self._count}  # an actor opens the shards itself
+
+    def content_id(self) -> str:
+        """See ``Images``."""
+        return self._opened.content_id()
+
+    def read(self, start: int, stop: int, batch: int) -> Iterator[Tensor]:
+        """See ``Images``."""
+        return self._opened.read(start, stop, batch)
 
     @cached_property
-    def _reader(self) -> ShardReader:
+    def _opened(self) -> TrainingImages:
         cache = FileCache("~/.cache/eqm-dist", CACHE_BYTES) if is_remote(self.location) else None
-        return ShardReader(self.location, cache=cache)
-
-    @cached_property
-    def _autoencoder(self) -> Autoencoder:
-        manifest = self._reader.manifest
-        return load_autoencoder(manifest.autoencoder_location, manifest.autoencoder)
+        reader = ShardReader(self.location, cache=cache)
+        autoencoder = load_autoencoder(reader.manifest.autoencoder_location, reader.manifest.autoencoder)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return TrainingImages(self.location, reader, autoencoder, device)

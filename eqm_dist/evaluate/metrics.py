@@ -203,24 +203,22 @@ def _distances(points: Tensor, others: Tensor) -> Iterator[Tensor]:
         yield torch.cat([torch.cdist(block, part) for part in others.split(OTHERS_AT_ONCE)], dim=1)
 
 
-def half_split_fid(images: Tensor, extractor: nn.Module, seed: int, splits: int = 16) -> float:
-    """FID between two random halves of the same images, the yardstick of a generated set's FID.
+def half_split_fid(features: Tensor, seed: int, splits: int = 16) -> float:
+    """FID between two random halves of the same images' features, the yardstick of a generated set's FID.
 
     It is what sampling alone costs: the FID of a perfect generator is not zero but falls with the number of images.
     One split is a noisy measure (a third of its value on the digits), so this is the mean over several.
 
     Args:
-        images: [N, H, W, C] uint8, N >= 4; the device of the computation.
-        extractor: see ``feature_moments``.
+        features: [N, F], N >= 4; on the device of the computation.
         seed: seed of the splits, drawn from ``Stream.SPLIT``.
         splits: number of splits.
 
     Raises:
         DataError: fewer than four images.
     """
-    with torch.no_grad():
-        features = torch.cat([extractor(batch).double() for batch in images.split(256)])
-    keys = rng.uniform(seed, rng.Stream.SPLIT, torch.arange(len(images)), (splits,), dtype=torch.float64)
+    features = features.double()
+    keys = rng.uniform(seed, rng.Stream.SPLIT, torch.arange(len(features)), (splits,), dtype=torch.float64)
     identity = _Features(features.shape[1])
     distances = []
     for order in keys.argsort(dim=0).T.to(features.device):

@@ -14,7 +14,15 @@ import torch
 from ray.train import Checkpoint, ValidationConfig, ValidationTaskConfig
 from safetensors.torch import load_file
 
-from eqm_dist.build import METRICS_FILE, OpenRun, build_checkpoints, build_data, build_evaluator, open_tracker
+from eqm_dist.build import (
+    EVALUATIONS,
+    METRICS_FILE,
+    OpenRun,
+    build_checkpoints,
+    build_data,
+    build_evaluator,
+    open_tracker,
+)
 from eqm_dist.data.loader import ShardReader
 from eqm_dist.launch.packed import pack, unpack
 from eqm_dist.launch.ray_cluster import Offer
@@ -67,7 +75,8 @@ def _evaluate(packed: dict[str, Any], step: int) -> dict[str, float]:
     started = time.perf_counter()
     reader, _ = build_data(opened.config)
     assert isinstance(reader, ShardReader)  # a mixture is not evaluated
-    evaluator = build_evaluator(opened.config, opened.directory, reader, device)
+    cache = str(opened.directory / EVALUATIONS)  # the real images are measured once, and not by every task
+    evaluator = build_evaluator(opened.config, opened.directory, reader, device, cache)
     metrics, pictures = evaluator(load_file(checkpoints.path(step) / EMA_FILE), step)
     evaluations.write(step, metrics, pictures, time.perf_counter() - started)
     return metrics
