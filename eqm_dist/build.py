@@ -331,7 +331,7 @@ def derived_numbers(config: Config) -> dict[str, str]:
         "training cost": f"{training_flops_per_image(macs) / 1e9:.3f} GFLOP per image ({macs / 1e9:.3f} GMAC forward)",
         "run directory": str(runs_root(config.run.root) / config.run.name),
     }
-    bound, _ = _step_size_bound(config)
+    bound, _ = step_size_bound(config)
     if bound is not None:
         numbers["largest stable step"] = f"{bound:.4g} (plain descent near data; evaluation.sampler.step_size)"
     return numbers
@@ -339,7 +339,7 @@ def derived_numbers(config: Config) -> dict[str, str]:
 
 def step_size_warning(config: Config) -> str | None:
     """A sentence if the configured descent cannot come to rest near data, else None (docs/decisions/0001)."""
-    bound, what_happens = _step_size_bound(config)
+    bound, what_happens = step_size_bound(config)
     sampler = config.evaluation.sampler
     step_size = sampler.step_size or DEFAULT_STEP_SIZE
     constant = sampler.name in ("gd", "nag") and sampler.step_policy in (None, "constant")
@@ -351,7 +351,7 @@ def step_size_warning(config: Config) -> str | None:
     )
 
 
-def _step_size_bound(config: Config) -> tuple[float | None, str]:
+def step_size_bound(config: Config) -> tuple[float | None, str]:
     """The largest step size with which descent comes to rest near data, if any does, and what it does above."""
     if config.objective.kind == "self_stopping":
         return _self_stopping_path(config).step_size_bound, "jumps over the part of the path on which it slows down"

@@ -76,8 +76,8 @@ def add_config_flags(command: argparse.ArgumentParser, *prefixes: str) -> None:
         groups[section].add_argument(f"--{key}", metavar=annotation_name(field.annotation), help=text)
 
 
-def add_model_flags(command: argparse.ArgumentParser) -> None:
-    """The flags of commands that take a trained model: which one, and what it may be told."""
+def add_model_flags(command: argparse.ArgumentParser, *prefixes: str) -> None:
+    """The flags of commands that take a trained model: which one, and what it may be told, ``prefixes`` included."""
     command.add_argument(
         "--model", metavar="PATH",
         help="run, checkpoint, export, or official file of weights (default: the newest run in runs/)",
@@ -86,7 +86,11 @@ def add_model_flags(command: argparse.ArgumentParser) -> None:
         "--autoencoder", metavar="NAME",
         help="what decodes latents, where the model does not say: identity, a folder that diffusers wrote, or a hub id",
     )  # fmt: skip
-    add_config_flags(command, "evaluation.sampler.", "objective.kind", "objective.energy", "model.num_heads")
+    command.add_argument(
+        "--config", metavar="FILE",
+        help="YAML file whose evaluation.sampler is used: best.yaml of a sweep, config.yaml of a run",
+    )  # fmt: skip
+    add_config_flags(command, "evaluation.sampler.", "objective.kind", "objective.energy", "model.num_heads", *prefixes)
 
 
 def count(text: str) -> int:
@@ -106,6 +110,24 @@ def config_from(arguments: argparse.Namespace) -> Config:
     if arguments.config:
         config = with_overrides(config, read_yaml(arguments.config), arguments.config)
     return with_overrides(config, overrides_from(arguments), "command line")
+
+
+def model_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The config keys that change a trained model: the sampler of ``--config``, then flags.
+
+    Raises:
+        ConfigError: the file has no sampler.
+    """
+    prefix = "evaluation.sampler."
+    sampler: dict[str, Any] = {}
+    if arguments.config:
+        sampler = {key: value for key, value in read_yaml(arguments.config).items() if key.startswith(prefix)}
+        if not sampler:
+            raise ConfigError(
+                f"--config must name a YAML file with evaluation.sampler, of which {arguments.config} has nothing;"
+                " use best.yaml of a sweep or config.yaml of a run."
+            )
+    return {**sampler, **overrides_from(arguments)}
 
 
 def overrides_from(arguments: argparse.Namespace) -> dict[str, Any]:

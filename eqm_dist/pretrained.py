@@ -98,7 +98,10 @@ class Pretrained:
             ConfigError: an unknown key, or a value that cannot take effect.
         """
         overrides = {f"evaluation.sampler.{key}": value for key, value in sampler.items()}
-        return replace(self, config=with_overrides(self.config, overrides, "the sampler"))
+        changed = replace(self, config=with_overrides(self.config, overrides, "the sampler"))
+        # What does not depend on the sampler, as far as it was made already.
+        vars(changed).update({name: vars(self)[name] for name in ("model", "decoder", "sha256") if name in vars(self)})
+        return changed
 
     def generate(
         self,

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--launcher", choices=["ray", "local"], default="ray", help="(default: %(default)s)")
     parser.add_argument("--actors", type=cli.count, metavar="N", help="at most so many (default: one per GPU or core)")
     options = parser.parse_args(arguments)
-    overrides = cli.overrides_from(options)
+    overrides = cli.model_overrides(options)
     useless = [f"--{name}" for name in MODEL_FLAGS if getattr(options, name) is not None]
     useless += [f"--{key}" for key in overrides]
     if options.images and useless:

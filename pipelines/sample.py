@@ -3,6 +3,7 @@
 python pipelines/sample.py                                         100 images of the newest run in runs/
 python pipelines/sample.py --model runs/mine --samples 50000 --format npz --out samples/mine
 python pipelines/sample.py --evaluation.sampler.evaluations 50 --out samples/few
+python pipelines/sample.py --config sweeps/stepsize-digits-step2000/best.yaml
 python pipelines/sample.py --model EqM-B-2.pt --autoencoder stabilityai/sd-vae-ft-ema --labels 207,360
 """
 
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     from eqm_dist.launch.sampling import draw
     from eqm_dist.pretrained import load, newest_run
 
-    model = load(options.model or newest_run(), autoencoder=options.autoencoder, overrides=cli.overrides_from(options))
+    model = load(options.model or newest_run(), autoencoder=options.autoencoder, overrides=cli.model_overrides(options))
     out = Path(options.out or f"samples/{model.name}")
     kept = ("samples", "labels", "seed", "batch", "format", "launcher", "actors")
     print(draw(model, out, **{name: getattr(options, name) for name in kept}))

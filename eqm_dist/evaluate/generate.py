@@ -1,7 +1,7 @@
 """Images for given sample indices: image i depends on (weights, seed, i) alone, whoever generates it."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,7 +101,47 @@ def generate(
         start_time=start_time,
     )
     result = in_order(list(queue))
-    finite = result.samples.flatten(1).isfinite().all(1)
-    latents = torch.where(per_sample(finite, result.samples), result.samples, 0)
+    return _decoded(result.samples, result.nfe, result.complete, decode, batch)
+
+
+@torch.no_grad()
+def generate_along(
+    field: TimedField,
+    *,
+    indices: Tensor,
+    labels: Tensor,
+    latent_shape: Sequence[int],
+    sampler: Sampler,
+    evaluations: Sequence[int],
+    seed: int,
+    decode: Callable[[Tensor], Tensor],
+) -> Iterator[Generated]:
+    """The images of ``generate`` for each of several numbers of evaluations, for the price of the largest.
+
+    For descents whose steps do not depend on the number of evaluations to come: points of one way.
+
+    Args:
+        field: see ``generate``, as are the others; all samples are under way at once.
+        sampler: a descent without a falling step size.
+        evaluations: rising, at least one.
+    """
+    assert list(evaluations) == sorted(set(evaluations))
+    assert evaluations[0] > 0
+    x = rng.normal(seed, rng.Stream.START_NOISE, indices, latent_shape)
+    nothing = torch.zeros(len(x), device=x.device)
+    state = sampler.start(x, evaluations[-1], 0.0)
+    for count in range(1, evaluations[-1] + 1):
+        point, time = sampler.look(x, state, nothing)
+        x, state, _ = sampler.move(x, state, field(point, labels, time), nothing)
+        if count in evaluations:
+            nfe = torch.full((len(x),), count, device=x.device)
+            yield _decoded(x, nfe, torch.ones_like(nfe, dtype=torch.bool), decode, len(x))
+
+
+def _decoded(
+    latents: Tensor, nfe: Tensor, complete: Tensor, decode: Callable[[Tensor], Tensor], batch: int
+) -> Generated:
+    finite = latents.flatten(1).isfinite().all(1)
+    latents = torch.where(per_sample(finite, latents), latents, 0)
     images = torch.cat([decode(part) for part in latents.split(batch)])
-    return Generated(images, result.nfe, result.complete, finite)
+    return Generated(images, nfe, complete, finite)

@@ -4,8 +4,10 @@ An actor holds what the work needs (weights, an open data set), a GPU if there a
 It does one task at a time and only what the task returns travels back. Ray changes no number of it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from typing import Any, TypeVar
 
@@ -28,37 +30,50 @@ Result = TypeVar("Result")
 def run_on_ray(
     work: Callable[[Task, torch.device], Result], tasks: Sequence[Task], *, most_actors: int | None = None
 ) -> Iterator[tuple[Task, Result]]:
-    """Do all tasks on the cluster that RAY_ADDRESS names, or on a local one that is started for it.
+    """Do all tasks; see ``ray_actors``."""
+    if not tasks:
+        return
+    with ray_actors(work, most_actors=min(len(tasks), most_actors or len(tasks))) as run:
+        yield from run(tasks)
+
+
+@contextmanager
+def ray_actors(
+    work: Callable[[Task, torch.device], Result], *, most_actors: int | None = None
+) -> Iterator[Callable[[Iterable[Task]], Iterator[tuple[Task, Result]]]]:
+    """Actors for several rounds of tasks, on the cluster that RAY_ADDRESS names or a local one started for them.
 
     Args:
         work: (task, the actor's device) -> result; pickles. Each actor has its own copy, which it keeps from task to
             task.
-        tasks: in the order in which they are begun; they pickle, and their text names them in errors.
         most_actors: fewer actors than the cluster has room for.
 
     Yields:
-        Each task with its result as it is done, in any order.
+        What does tasks: it takes them in the order in which they are begun (they pickle, their text names them in
+        errors) and gives each with its result as it is done, in any order. It asks for a task no sooner than an actor
+        can take it.
 
     Raises:
         EqmDistError: what an actor raised, as it raised it.
         LaunchError: actors died again and again on one task.
     """
-    if not tasks:
-        return
     with cluster():
         recipe = ray.put(work)  # once, whatever the number of actors: it may hold weights, or name millions of files
-        actors = _actors(recipe, min(len(tasks), most_actors or len(tasks)))
-        waiting = iter(tasks)
-        running: dict[Any, tuple[Task, Any]] = {}
-        for actor, task in zip(cycle(actors), islice(waiting, IN_FLIGHT * len(actors)), strict=False):
-            running[actor.do.remote(task)] = task, actor
-        while running:
-            [finished], _ = ray.wait(list(running), num_returns=1)
-            task, actor = running.pop(finished)
-            result = _result(finished, task)
-            for following in islice(waiting, 1):
-                running[actor.do.remote(following)] = following, actor
-            yield task, result
+        yield partial(_run, _actors(recipe, most_actors))
+
+
+def _run(actors: Sequence[Any], tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
+    waiting = iter(tasks)
+    running: dict[Any, tuple[Task, Any]] = {}
+    for actor, task in zip(islice(cycle(actors), IN_FLIGHT * len(actors)), waiting, strict=False):
+        running[actor.do.remote(task)] = task, actor
+    while running:
+        [finished], _ = ray.wait(list(running), num_returns=1)
+        task, actor = running.pop(finished)
+        result = _result(finished, task)
+        for following in islice(waiting, 1):
+            running[actor.do.remote(following)] = following, actor
+        yield task, result
 
 
 @dataclass(frozen=True)
@@ -80,11 +95,11 @@ class _Actor:
         return self._work(task, self._device)
 
 
-def _actors(recipe: Any, most: int) -> list[Any]:
+def _actors(recipe: Any, most: int | None) -> list[Any]:
     count, share = _divide([node["Resources"] for node in ray.nodes() if node["Alive"]])
     remote = _Actor.options(num_cpus=share.cpus, num_gpus=share.gpus)
     # As a reference inside a list, which the driver keeps alive: an actor that is restarted asks for it again.
-    return [remote.remote([recipe], share) for _ in range(min(count, most))]
+    return [remote.remote([recipe], share) for _ in range(min(count, most or count))]
 
 
 def _divide(nodes: Sequence[dict[str, float]]) -> tuple[int, _Share]:

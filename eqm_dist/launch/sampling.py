@@ -3,7 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -28,6 +29,7 @@ LEAST_UNIT, MOST_UNIT, UNITS = 32, 1024, 128
 """A set has about so many units, for any number of actors to share; one is what a kill can cost an actor."""
 GRID_CLASSES, GRID_COLUMNS = 10, 10
 
+Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
@@ -104,12 +106,24 @@ def run_units(
     work: Callable[[Unit, torch.device], Result], units: Sequence[Unit], launcher: str, actors: int | None
 ) -> Iterator[tuple[Unit, Result]]:
     """Each unit with what ``work`` made of it, in any order, by the actors of a cluster or by this process alone."""
+    if units:
+        with open_actors(work, launcher, min(len(units), actors or len(units))) as run:
+            yield from run(units)
+
+
+@contextmanager
+def open_actors(
+    work: Callable[[Task, torch.device], Result], launcher: str, actors: int | None
+) -> Iterator[Callable[[Iterable[Task]], Iterator[tuple[Task, Result]]]]:
+    """What gives each of several tasks with what ``work`` made of it, in any order, and can be called again."""
     if launcher == "local":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return ((unit, work(unit, device)) for unit in units)
-    from eqm_dist.launch.ray_actors import run_on_ray  # a local run works without Ray
+        yield lambda tasks: ((task, work(task, device)) for task in tasks)
+        return
+    from eqm_dist.launch.ray_actors import ray_actors  # a local run works without Ray
 
-    return run_on_ray(work, units, most_actors=actors)
+    with ray_actors(work, most_actors=actors) as run:
+        yield run
 
 
 def _report(model: Pretrained, images: ImageSet, out: Path) -> str:

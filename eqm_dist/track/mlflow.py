@@ -24,6 +24,7 @@ from eqm_dist.errors import ConfigError, TrackingError
 logger = logging.getLogger(__name__)
 
 ID_FILE = "mlflow.json"
+_STEP_TAG = "eqm_dist.step"
 _PARAM_LIMIT = 500  # characters; the server's limit has changed between versions
 
 
@@ -50,6 +51,7 @@ def open_run(
     params: Mapping[str, Any],
     config_yaml: str,
     timeout_s: float,
+    artifacts: Path | None = None,
 ) -> MlflowRun:
     """Open the MLflow run of a run directory, or open it again; called by the driver before anything is computed.
 
@@ -61,6 +63,7 @@ def open_run(
         params: flat; a param that changed since the start is recorded as a tag ``resumed.KEY``.
         config_yaml: stored as the artifact ``config.yaml``.
         timeout_s: longest wait for one answer of the server.
+        artifacts: where a store without a server keeps files; default beside the run directory.
 
     Raises:
         TrackingError: the server does not answer, or no longer knows the run.
@@ -72,7 +75,7 @@ def open_run(
             run = MlflowRun(**{**known, "timeout_s": timeout_s})
             client.update_run(run.run_id, status="RUNNING")
         else:
-            experiment_id = _experiment_id(client, experiment, run_directory.parent, tracking_uri)
+            experiment_id = _experiment_id(client, experiment, artifacts or run_directory.parent, tracking_uri)
             tags = {
                 "mlflow.runName": name,
                 "mlflow.user": getpass.getuser(),
@@ -126,6 +129,89 @@ def log_metrics(run: MlflowRun, step: int, metrics: Mapping[str, float]) -> None
     with _answers(run.tracking_uri, run.timeout_s) as client:
         for name, value in metrics.items():
             client.log_metric(run.run_id, name, value, step=step)
+
+
+class SweepRecord:
+    """A sweep as a parent run with a nested child for each trial, so that the UI compares and sorts the trials.
+
+    A dead server is reported once and stops nothing: what it missed is sent when the sweep is opened again.
+    """
+
+    def __init__(self, parent: MlflowRun) -> None:
+        """Find the children that there are.
+
+        Raises:
+            TrackingError: the server does not answer, or no longer knows the parent.
+        """
+        self._parent, self._warned = parent, False
+        self._children: dict[str, tuple[str, int]] = {}
+        with _answers(parent.tracking_uri, parent.timeout_s) as client:
+            self._experiment_id = client.get_run(parent.run_id).info.experiment_id
+            children, token = f"tags.`mlflow.parentRunId` = '{parent.run_id}'", None
+            while token != "":
+                page = client.search_runs([self._experiment_id], children, max_results=1000, page_token=token)
+                for run in page:
+                    tags = run.data.tags
+                    self._children[tags["eqm_dist.trial"]] = run.info.run_id, int(tags.get(_STEP_TAG, -1))
+                token = page.token or ""
+
+    def log_trial(
+        self,
+        trial: str,
+        name: str,
+        params: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        step: int,
+        failure: str | None,
+    ) -> None:
+        """What a trial gave.
+
+        Args:
+            trial: names the child for good.
+            name: of the child in the UI.
+            params: of the trial.
+            metrics: figures by name.
+            step: their step; what is not later than what was logged is not logged again.
+            failure: why there are no figures, or None.
+        """
+        from mlflow.entities import Metric, Param, RunTag
+
+        run_id, known = self._children.get(trial, (None, -1))
+        if step <= known:
+            return
+        with self._without_raising() as client:
+            tags = {"mlflow.parentRunId": self._parent.run_id, "mlflow.runName": name, "eqm_dist.trial": trial,
+                    "mlflow.user": getpass.getuser()}  # fmt: skip
+            run_id = run_id or client.create_run(self._experiment_id, tags=tags).info.run_id
+            self._children[trial] = run_id, known
+            now = time.time_ns() // 1_000_000
+            client.log_batch(
+                run_id,
+                [Metric(key, value, now, step) for key, value in metrics.items()],
+                [Param(key, str(value)[:_PARAM_LIMIT]) for key, value in params.items()],
+                [RunTag(_STEP_TAG, str(step)), *([RunTag("eqm_dist.failure", failure)] if failure else [])],
+            )
+            client.set_terminated(run_id, "FINISHED" if failure is None else "FAILED")
+            self._children[trial] = run_id, step
+
+    def finish(self, files: Iterable[Path], metrics: Mapping[str, float], status: str) -> None:
+        """Leave the parent with its files, the figures of the best trial and a final status."""
+        with self._without_raising() as client:
+            for file in files:
+                client.log_artifact(self._parent.run_id, str(file))
+            for key, value in metrics.items():
+                client.log_metric(self._parent.run_id, key, value)
+            client.set_terminated(self._parent.run_id, status)
+
+    @contextmanager
+    def _without_raising(self) -> Iterator[Any]:
+        try:
+            with _answers(self._parent.tracking_uri, self._parent.timeout_s) as client:
+                yield client
+        except TrackingError as error:
+            if not self._warned:
+                logger.warning("warning: %s The sweep goes on; run it again to send what is missed.", error)
+            self._warned = True
 
 
 class MlflowTracker:

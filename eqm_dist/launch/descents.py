@@ -1,0 +1,143 @@
+"""Many samplers of one model, measured by all actors of a cluster: the trials of ``tuning/sweep_stepsize.py``.
+
+Each actor loads the model and the extractor once. Samplers that differ in their evaluations alone, and step without
+looking at how many are to come, share one descent: its points are measured on the way.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from eqm_dist.build import build_field, build_sampler
+from eqm_dist.config import DESCENTS, SamplerConfig
+from eqm_dist.errors import EqmDistError
+from eqm_dist.evaluate.generate import Generated, generate_along
+from eqm_dist.evaluate.labels import labels_of
+from eqm_dist.evaluate.statistics import MOMENTS, ImageStatistics, image_statistics
+from eqm_dist.launch.evaluation import loaded_extractor
+from eqm_dist.pretrained import Pretrained
+
+UNIT = 256
+"""Most images of a task, which is what a kill can cost an actor."""
+
+
+@dataclass(frozen=True)
+class Descent:
+    """A task: some images of samplers that share a way.
+
+    Attributes:
+        trials: the samplers' names.
+        sampler: keys of ``evaluation.sampler``, without ``evaluations``.
+        evaluations: of each of the samplers, rising.
+        start, stop: the images [start, stop).
+    """
+
+    trials: tuple[str, ...]
+    sampler: dict[str, Any]
+    evaluations: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one sampler gave for the images of a task.
+
+    Attributes:
+        statistics: moments of the features.
+        nfe: evaluations of the field, summed over images.
+        diverged: images whose latents are not numbers.
+        seconds: what the task took, shared evenly between its samplers.
+    """
+
+    statistics: ImageStatistics
+    nfe: int
+    diverged: int
+    seconds: float
+
+    def __add__(self, other: "Measured") -> "Measured":
+        return Measured(
+            self.statistics + other.statistics,
+            self.nfe + other.nfe,
+            self.diverged + other.diverged,
+            self.seconds + other.seconds,
+        )
+
+
+@dataclass(frozen=True)
+class MeasureDescent:
+    """What an actor does. Pickles, weights included.
+
+    Attributes:
+        model: what draws the images.
+        labels, seed: image i depends on (weights, sampler, seed, i) alone: all samplers start from the same noise.
+        extractor, weights: as ``load_extractor`` takes them.
+        batch: images drawn at once.
+    """
+
+    model: Pretrained
+    labels: str
+    seed: int
+    extractor: str
+    weights: str | None
+    batch: int
+
+    def __call__(self, task: Descent, device: torch.device) -> list[Measured] | str:
+        """What each sampler gave, or why there is nothing."""
+        self.model.model  # noqa: B018 (made once, here, and handed on to every sampler)
+        model = self.model.with_sampler(**task.sampler, evaluations=task.evaluations[-1])
+        started = time.perf_counter()
+        sums: list[Measured | None] = [None] * len(task.evaluations)
+        try:
+            for first in range(task.start, task.stop, self.batch):
+                indices = torch.arange(first, min(task.stop, first + self.batch))
+                for at, generated in enumerate(self._generate(model, indices, task, device)):
+                    part = self._measure(generated, first, device)
+                    before = sums[at]
+                    sums[at] = part if before is None else before + part
+        except EqmDistError as error:
+            return str(error)
+        except Exception as error:  # one trial's failure is not the sweep's
+            return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        share = (time.perf_counter() - started) / len(sums)
+        return [replace(measured, seconds=share) for measured in sums if measured is not None]
+
+    def _generate(
+        self, model: Pretrained, indices: torch.Tensor, task: Descent, device: torch.device
+    ) -> Iterable[Generated]:
+        classes, sampler = model.config.data.num_classes, model.config.evaluation.sampler
+        labels = labels_of(self.labels, indices, classes, self.seed)
+        if len(task.evaluations) == 1:
+            return [model.generate(indices, labels, self.seed, self.batch, device)]
+        return generate_along(
+            build_field(model.config, model.model.to(device), classes),
+            indices=indices.to(device),
+            labels=labels.to(device),
+            latent_shape=model.config.data.latent_shape,
+            sampler=build_sampler(sampler),
+            evaluations=task.evaluations,
+            seed=self.seed,
+            decode=model.decoder.decode,
+        )
+
+    def _measure(self, generated: Generated, first: int, device: torch.device) -> Measured:
+        extractor = loaded_extractor(self.extractor, self.weights, device)
+        statistics = image_statistics(extractor, [generated.images], parts=[MOMENTS], first=first, device=device)
+        diverged = int((~generated.finite).sum())
+        return Measured(statistics, int(generated.nfe.sum()), diverged, 0.0)
+
+
+def shares_descent(sampler: SamplerConfig) -> bool:
+    """Whether each step of a sampler is the same, whatever the number of evaluations to come."""
+    stops = sampler.stop_norm is not None or sampler.stop_ratio is not None
+    looks_ahead = sampler.step_policy == "decay" or sampler.guidance_interval is not None
+    return sampler.name in DESCENTS and not stops and not looks_ahead
+
+
+def units(samples: int, known: int) -> Iterator[tuple[int, int]]:
+    """The images from ``known`` to ``samples`` in parts."""
+    for start in range(known, samples, UNIT):
+        yield start, min(samples, start + UNIT)

@@ -1,0 +1,233 @@
+"""Successive halving on the number of samples: every trial is measured with few, the best of them with more.
+
+Images of an earlier rung are not drawn again: image i depends on (weights, sampler, seed, i) alone, so only new indices
+are drawn and their statistics are added to those that lie in OUT/statistics until the sweep is complete.
+"""
+
+import logging
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import takewhile
+from pathlib import Path
+
+from eqm_dist.evaluate.references import load_statistics, save_statistics
+from eqm_dist.evaluate.statistics import ImageStatistics, compute
+from eqm_dist.launch.descents import Descent, Measured, MeasureDescent, units
+from eqm_dist.launch.sampling import open_actors
+from eqm_dist.logs import clock
+from eqm_dist.sweeps.plan import PREFIX, Plan
+from eqm_dist.sweeps.results import Ledger, Result, ranked, shown, survivors
+from eqm_dist.sweeps.spaces import Overrides, trial_name
+from eqm_dist.sweeps.tpe import TpeSearch
+
+logger = logging.getLogger(__name__)
+
+SHOW_EVERY_S = 5.0
+ASKED_AT_ONCE = 4
+"""Points that Optuna proposes before it hears of the first of them."""
+
+Run = Callable[[Iterable[Descent]], Iterator[tuple[Descent, list[Measured] | str]]]
+
+
+class Halving:
+    """Measures the trials of a plan that its ledger does not have yet.
+
+    Args:
+        plan: what is measured.
+        ledger: gets every result.
+        reference: statistics of the images that are compared with.
+        on_result: called with every new result.
+        hours: no task is begun after so long; None sets no limit.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        ledger: Ledger,
+        reference: ImageStatistics,
+        on_result: Callable[[Result], None],
+        hours: float | None,
+    ) -> None:
+        self._plan, self._ledger, self._reference, self._on_result = plan, ledger, reference, on_result
+        self._deadline = math.inf if hours is None else time.monotonic() + 3600 * hours
+        self._statistics = plan.out / "statistics"
+        self._stack = ExitStack()
+        self._run: Run | None = None
+
+    def measure_all(self) -> bool:
+        """Go from rung to rung; False where the time was up before the end.
+
+        Raises:
+            EqmDistError: actors died again and again, or the machine cannot read or write.
+        """
+        with self._stack:
+            if self._plan.search == "optuna":
+                self._search()
+            else:
+                self._measure(self._plan.points(), 0)
+            for rung in range(1, len(self._plan.rungs)):
+                known = self._ledger.known(self._plan.rungs[rung - 1])
+                if not self._late():
+                    best = survivors(known.values(), self._plan.reduction)
+                    self._measure([result.overrides for result in best], rung)
+        if self._late():
+            return False
+        shutil.rmtree(self._statistics, ignore_errors=True)
+        return True
+
+    def _late(self) -> bool:
+        return time.monotonic() > self._deadline
+
+    def _search(self) -> None:
+        """The first rung where Optuna proposes the points, by FID and evaluations."""
+        samples, trials = self._plan.rungs[0], self._plan.trials
+        search = TpeSearch(self._plan.space, objectives=2, seed=self._plan.seed)
+        known = self._ledger.known(samples)
+        for result in known.values():
+            search.tell(result.overrides, _objectives(result))
+        # Where the space has fewer points than trials were asked for, the same ones are proposed again and again.
+        asks_left = 10 * trials
+        while len(known) < trials and asks_left > 0 and not self._late():
+            asked = [search.ask() for _ in range(min(ASKED_AT_ONCE, trials - len(known)))]
+            asks_left -= len(asked)
+            self._measure(asked, 0)
+            known = self._ledger.known(samples)
+            for point in asked:
+                if (result := known.get(trial_name(point))) is not None:
+                    search.tell(point, _objectives(result))
+
+    def _measure(self, points: Sequence[Overrides], rung: int) -> None:
+        """Bring these points to the samples of a rung, but for those that are there."""
+        samples = self._plan.rungs[rung]
+        known = self._ledger.known(samples)
+        pending = {trial: point for point in points if (trial := trial_name(point)) not in known}
+        earlier = self._earlier(pending, rung)
+        tasks = self._tasks(pending, earlier, samples)
+        left = Counter(trial for task in tasks for trial in task.trials)
+        sums: dict[str, Measured] = {}
+        live = _Live(
+            f"rung {rung + 1} of {len(self._plan.rungs)}, {samples:,} samples", tasks, self._ledger, self._keys
+        )
+        for task, outcome in self._run_tasks(tasks):
+            for at, trial in enumerate(task.trials):
+                left[trial] -= 1
+                if trial not in pending:  # one of its tasks has failed already
+                    continue
+                if isinstance(outcome, str):
+                    self._keep(Result(pending.pop(trial), samples, None, None, 0.0, outcome))
+                    continue
+                sums[trial] = sums[trial] + outcome[at] if trial in sums else outcome[at]
+                if not left[trial]:
+                    self._keep(self._result(pending.pop(trial), samples, sums.pop(trial), earlier.get(trial)))
+            live.show(task, len(left) - sum(1 for trial in left if trial in pending), len(left))
+        if not self._late():
+            for file in self._statistics.glob("*"):
+                if file.stem not in self._ledger.known(samples):
+                    file.unlink()
+
+    def _run_tasks(self, tasks: Sequence[Descent]) -> Iterator[tuple[Descent, list[Measured] | str]]:
+        if not tasks:
+            return
+        if self._run is None:
+            evaluation = self._plan.model.config.evaluation
+            work = MeasureDescent(
+                model=self._plan.model,
+                labels=self._plan.labels,
+                seed=self._plan.seed,
+                extractor=evaluation.extractor,
+                weights=evaluation.extractor_weights,
+                batch=self._plan.batch,
+            )
+            self._run = self._stack.enter_context(open_actors(work, self._plan.launcher, self._plan.actors))
+        yield from self._run(takewhile(lambda _: not self._late(), tasks))
+
+    def _tasks(
+        self, pending: Mapping[str, Overrides], earlier: Mapping[str, tuple[Result, ImageStatistics]], samples: int
+    ) -> list[Descent]:
+        """The longest descents first, so that no actor is left with one at the end; the parts of each together."""
+        tasks: list[Descent] = []
+        for start in sorted({earlier[trial][0].samples if trial in earlier else 0 for trial in pending}):
+            there = [point for trial, point in pending.items()
+                     if (earlier[trial][0].samples if trial in earlier else 0) == start]  # fmt: skip
+            for points in self._plan.descents(there):
+                trials = tuple(trial_name(point) for point in points)
+                sampler = {key: value for key, value in self._plan.sampler(points[0]).items() if key != "evaluations"}
+                evaluations = tuple(self._plan.evaluations(point) for point in points)
+                tasks += [Descent(trials, sampler, evaluations, *unit) for unit in units(samples, start)]
+        return sorted(tasks, key=lambda task: -task.evaluations[-1])
+
+    def _earlier(self, pending: Iterable[str], rung: int) -> dict[str, tuple[Result, ImageStatistics]]:
+        """What the rung before left of these trials; a kill may have taken the statistics of some."""
+        found: dict[str, tuple[Result, ImageStatistics]] = {}
+        known = self._ledger.known(self._plan.rungs[rung - 1]) if rung else {}
+        for trial in pending:
+            if trial in known and self._file(trial).exists():
+                statistics, _ = load_statistics(self._file(trial))
+                if statistics.count == known[trial].samples:
+                    found[trial] = known[trial], statistics
+        return found
+
+    def _result(
+        self, point: Overrides, samples: int, measured: Measured, earlier: tuple[Result, ImageStatistics] | None
+    ) -> Result:
+        statistics, nfe, seconds = measured.statistics, float(measured.nfe), measured.seconds
+        if measured.diverged:
+            reason = f"it diverges: {measured.diverged:,} images of {statistics.count:,} are not finite numbers"
+            return Result(point, samples, None, None, seconds, reason)
+        if earlier is not None:
+            before, kept = earlier
+            statistics, nfe = statistics + kept, nfe + (before.nfe or 0.0) * before.samples
+            seconds += before.seconds
+        fid = compute(["fid"], statistics, self._reference)["fid"]
+        if not math.isfinite(fid):
+            return Result(point, samples, None, None, seconds, f"its FID is {fid}: the features are too large")
+        save_statistics(self._file(trial_name(point)), statistics, str(self._plan.out))
+        return Result(point, samples, fid, nfe / samples, seconds)
+
+    def _keep(self, result: Result) -> None:
+        self._ledger.add(result)
+        self._on_result(result)
+
+    def _file(self, trial: str) -> Path:
+        return self._statistics / f"{trial}.safetensors"
+
+    @property
+    def _keys(self) -> list[str]:
+        return self._plan.space.varying()
+
+
+class _Live:
+    """A line now and then: how far the rung is, the best so far, what failed, how long it will take."""
+
+    def __init__(self, title: str, tasks: Sequence[Descent], ledger: Ledger, keys: Sequence[str]) -> None:
+        self._title, self._ledger, self._keys = title, ledger, keys
+        self._total, self._done = sum(map(_cost, tasks)), 0
+        self._started = self._shown = time.monotonic()
+
+    def show(self, task: Descent, trials: int, of: int) -> None:
+        """A task is done, and so many trials of the rung with it."""
+        self._done += _cost(task)
+        now = time.monotonic()
+        if now - self._shown < SHOW_EVERY_S and trials < of:
+            return
+        self._shown = now
+        order = ranked(self._ledger.results)
+        failed = sum(result.fid is None for result in order)
+        best = "no figure yet"
+        if order and order[0].fid is not None:
+            point = {key.removeprefix(PREFIX): value for key, value in order[0].overrides.items()}
+            best = f"best FID {order[0].fid:.3f}: {shown(point, [key.removeprefix(PREFIX) for key in self._keys])}"
+        left = clock((now - self._started) * (self._total / self._done - 1))
+        logger.info("%s | %d of %d trials | %s | %d failed | %s left", self._title, trials, of, best, failed, left)
+
+
+def _cost(task: Descent) -> int:
+    return (task.stop - task.start) * task.evaluations[-1]
+
+
+def _objectives(result: Result) -> tuple[float, float] | None:
+    return None if result.fid is None or result.nfe is None else (result.fid, result.nfe)

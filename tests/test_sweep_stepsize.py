@@ -1,0 +1,297 @@
+"""``tuning/sweep_stepsize.py``: its figures are those of ``pipelines/evaluate.py``, and a kill costs nothing twice."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from eqm_dist.core.samplers import NesterovGradientDescent
+from eqm_dist.errors import ConfigError
+from eqm_dist.evaluate.generate import generate, generate_along
+from eqm_dist.sweeps.results import Ledger, Result, pareto_front, ranked, survivors, table
+from pipelines.evaluate import main as evaluate
+from pipelines.sample import main as sample
+from tests import tiny
+from tuning.sweep_stepsize import main
+
+SCRIPT = Path(__file__).parent.parent / "tuning" / "sweep_stepsize.py"
+EXTRACTOR = """
+import torch
+
+class Pixels(torch.nn.Module):
+    id = "pixels of a sweep"
+    num_features = 4
+    def forward(self, images):
+        return images.flatten(1)[:, :4].double() / 255
+"""
+SPACE = [
+    {
+        "evaluation.sampler.name": "gd",
+        "evaluation.sampler.step_size": [0.02, 0.1],
+        "evaluation.sampler.evaluations": [2, 5],
+    },
+    {
+        "evaluation.sampler.name": "nag",
+        "evaluation.sampler.momentum": [0.3, 0.6],
+        "evaluation.sampler.step_size": [0.02, 0.1],
+        "evaluation.sampler.evaluations": [2, 5],
+    },
+]
+TRIALS = 12
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run, recorded in MLflow, and an extractor of its images."""
+    root = tmp_path_factory.mktemp("stepsize")
+    shards = tiny.write_blots(root / "data" / "blots")
+    (root / "sweep_extractor.py").write_text(EXTRACTOR)
+    sys.path.insert(0, str(root))
+    options: dict[str, Any] = {"optimizer.learning_rate": 0.05, "train.steps": 30, "checkpoint.every": 30,
+                               "train.log_every": 30, "evaluation.extractor": "sweep_extractor:Pixels",
+                               "track.mlflow": True}  # fmt: skip
+    outcome = tiny.train(*tiny.flags(tiny.overrides(root, shards, **options)))
+    assert outcome.code == 0, outcome.err
+    return root / "tiny"
+
+
+def flags(run: Path, out: Path, space: object = SPACE, **others: object) -> list[str]:
+    file = out.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(space))
+    values = {"model": run, "out": out, "space": file, "launcher": "local", "rungs": "16,32", "samples": 48,
+              "reduction": 4, "track.mlflow": "false", "cache": run.parent / "cache", **others}  # fmt: skip
+    return [part for key, value in values.items() for part in (f"--{key}", str(value))]
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with (out / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_points_of_one_descent_are_those_of_descents_of_their_own() -> None:
+    sampler = NesterovGradientDescent(step_size=0.1, momentum=0.5)
+    common = {"indices": torch.arange(7), "labels": torch.arange(7) % 3, "latent_shape": (1, 4, 4), "seed": 3,
+              "decode": lambda latents: latents.permute(0, 2, 3, 1), "sampler": sampler}  # fmt: skip
+
+    def field(x: torch.Tensor, labels: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        return labels[:, None, None, None] - x.tanh()
+
+    along = list(generate_along(field, evaluations=(1, 4, 9), **common))
+    for evaluations, point in zip((1, 4, 9), along, strict=True):
+        alone = generate(field, evaluations=evaluations, batch=7, **common)
+        torch.testing.assert_close(point.images, alone.images, rtol=0, atol=0)
+        assert point.nfe.tolist() == alone.nfe.tolist() == [evaluations] * 7
+
+
+def test_its_figures_are_those_of_evaluate_and_best_yaml_gives_them_again(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sweep"
+    main(flags(run, out))
+    printed = capsys.readouterr().out
+    found = results(out)
+    assert sum(line["samples"] == 16 for line in found) == TRIALS
+    assert 3 <= sum(line["samples"] == 32 for line in found) < TRIALS  # a quarter, and the Pareto front
+    best = rows(out)[0]
+    assert float(best["fid"]) == min(line["fid"] for line in found if line["samples"] == 48)
+    assert "rank" in printed
+    assert f"{float(best['fid']):.3f}" in printed
+
+    evaluate(["--model", str(run), "--config", str(out / "best.yaml"), "--samples", "48", "--launcher", "local",
+              "--out", str(tmp_path / "records"), "--cache", "none", "--batch", "16"])  # fmt: skip
+    record = json.loads((tmp_path / "records").read_text())
+    # Statistics that were added rung by rung against those of one go: another order of float64 sums.
+    assert record["value"] == pytest.approx(float(best["fid"]), rel=1e-6)
+    assert record["sampler"] == yaml.safe_load((out / "best.yaml").read_text())["evaluation"]["sampler"]
+    sample(["--model", str(run), "--config", str(out / "best.yaml"), "--samples", "3", "--launcher", "local",
+            "--out", str(tmp_path / "images")])  # fmt: skip
+    trained = tiny.train("--config", str(out / "best.yaml"), "--dry-run")
+    assert trained.code == 0, trained.err
+    for picture in ("fid_step_size.png", "fid_nfe.png"):
+        with Image.open(out / picture) as image:
+            assert len(image.convert("RGB").getcolors(1 << 24) or []) > 10  # something is drawn
+
+
+def test_the_same_command_measures_nothing_twice(run: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    main(flags(run, whole))
+    expected = {(line["samples"], json.dumps(line["overrides"])): line["fid"] for line in results(whole)}
+    before = (whole / "results.jsonl").read_bytes()
+    main(flags(run, whole))
+    assert (whole / "results.jsonl").read_bytes() == before
+
+    # As a kill leaves it: half a line, and in the middle of the second rung no statistics of a part of the trials.
+    main(flags(run, cut, samples=32))
+    lines = (cut / "results.jsonl").read_bytes().splitlines(keepends=True)
+    (cut / "results.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:20])
+    main(flags(run, cut, samples=32))
+    again = {(line["samples"], json.dumps(line["overrides"])): line["fid"] for line in results(cut)}
+    assert len(again) == len(results(cut))
+    for point, fid in again.items():
+        assert fid == pytest.approx(expected[point], rel=1e-9)
+
+
+def test_a_trial_that_fails_says_why_and_stops_nothing(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = {"evaluation.sampler.name": "gd", "evaluation.sampler.step_size": [0.02, 1e30],
+             "evaluation.sampler.evaluations": [3]}  # fmt: skip
+    main(flags(run, tmp_path / "sweep", space))
+    assert "failed: step_size 1e+30: it diverges: 16 images of 16 are not finite numbers" in capsys.readouterr().out
+    good, bad = rows(tmp_path / "sweep")
+    assert good["failure"] == ""
+    assert float(good["fid"]) > 0
+    assert (bad["fid"], bad["samples"]) == ("", "16")
+
+
+def test_random_and_optuna_keep_to_their_budget_and_go_on(run: Path, tmp_path: Path) -> None:
+    for search in ("random", "optuna"):
+        out = tmp_path / search
+        main(flags(run, out, search=search, trials=6, rungs="16", samples=32))
+        first = results(out)
+        assert sum(line["samples"] == 16 for line in first) == 6
+        main(flags(run, out, search=search, trials=9, rungs="16", samples=32))  # more trials: the old ones stay
+        assert results(out)[: len(first)] == first
+        assert sum(line["samples"] == 16 for line in results(out)) == 9
+
+
+def test_time_that_is_up_leaves_a_sweep_that_goes_on(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    main(flags(run, out, hours=1e-9))
+    assert rows(out) == []
+    main(flags(run, out))
+    assert len(rows(out)) == TRIALS
+
+
+def test_mlflow_has_a_parent_and_a_child_for_each_trial(run: Path, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    out = tmp_path / "sweep"
+    for _ in range(2):  # the second finds all of them
+        main(flags(run, out, **{"track.mlflow": "true"}))
+    client = MlflowClient(f"sqlite:///{run.parent / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("eqm-dist-sweeps")
+    assert experiment is not None
+    parent = json.loads((out / "mlflow.json").read_text())["run_id"]
+    nested = f"tags.`mlflow.parentRunId` = '{parent}'"
+    children = client.search_runs([experiment.experiment_id], nested, order_by=["metrics.`eval/fid` ASC"])
+    assert len(children) == TRIALS
+    last = {line["trial"]: line for line in rows(out)}
+    for child in children:
+        line = last[child.data.tags["eqm_dist.trial"]]
+        assert child.data.metrics["eval/fid"] == float(line["fid"])
+        assert child.data.metrics["eval/samples"] == float(line["samples"])
+        assert child.data.params["evaluation.sampler.step_size"] == line["evaluation.sampler.step_size"]
+        assert child.info.status == "FINISHED"
+    history = client.get_metric_history(children[0].info.run_id, "eval/fid")
+    assert [point.step for point in history] == sorted({point.step for point in history})
+    whole = client.get_run(parent)
+    assert whole.info.status == "FINISHED"
+    assert whole.data.metrics["eval/fid"] == float(rows(out)[0]["fid"])
+    artifacts = {file.path for file in client.list_artifacts(parent)}
+    assert {"best.yaml", "results.csv", "fid_nfe.png", "fid_step_size.png"} <= artifacts
+
+
+def test_what_cannot_be_is_said_before_anything_is_written(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    eta = "evaluation.sampler.step_size"
+    for space, message in (
+        ({"evaluation.sampler.stepsize": [1]}, "did you mean evaluation.sampler.step_size"),
+        ({"train.steps": [1]}, "train.steps is not an option|train.steps cannot be an axis"),
+        ({"evaluation.sampler.name": "gd", "evaluation.sampler.momentum": [0.3]}, "momentum has no effect on gd"),
+        ({eta: [0.1, -1]}, "step_size: should be greater than 0, got -1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            main(flags(run, out, space))
+    with pytest.raises(ConfigError, match="--trials has no effect on --search grid"):
+        main(flags(run, out, trials=3))
+    with pytest.raises(ConfigError, match="must be a positive number of hours, got 0"):
+        main(flags(run, out, hours=0))
+    assert not out.exists()
+
+
+def test_another_sweep_in_the_same_directory_is_refused(run: Path, tmp_path: Path) -> None:
+    space = {"evaluation.sampler.name": "gd", "evaluation.sampler.evaluations": [2, 3]}
+    main(flags(run, tmp_path / "sweep", space))
+    with pytest.raises(ConfigError, match=r"seed was 0 when the sweep in .* began and is now 1"):
+        main(flags(run, tmp_path / "sweep", space, seed=1))
+
+
+def test_a_dry_run_writes_nothing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*flags(run, tmp_path / "sweep"), "--dry-run"])
+    printed = capsys.readouterr().out
+    assert f"{TRIALS} (grid, on 6 descents)" in printed
+    assert "evaluations of the field" in printed
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on(run: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    space = [{**part, "evaluation.sampler.evaluations": [400, 401, 402]} for part in SPACE]
+    main(flags(run, whole, space))
+    command = [sys.executable, str(SCRIPT), *flags(run, out, space, launcher="ray", actors=2)]
+    environment = {
+        **os.environ,
+        "RAY_ADDRESS": "local",
+        "PYTHONPATH": f"{run.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    end = time.monotonic() + 200
+    while not (out / "results.jsonl").exists() or len(results(out)) < 4:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = (out / "results.jsonl").read_bytes()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (out / "results.jsonl").read_bytes().startswith(before)
+    fids = {row["trial"]: row["fid"] for row in rows(out)}
+    for row in rows(whole):
+        assert float(fids[row["trial"]]) == pytest.approx(float(row["fid"]), rel=1e-3)
+
+
+def result(fid: float | None, nfe: float, samples: int = 10) -> Result:
+    point = {"evaluation.sampler.step_size": fid, "evaluation.sampler.evaluations": nfe}
+    return Result(point, samples, fid, None if fid is None else nfe, 1.0, None if fid is not None else "why")
+
+
+def test_ranking_puts_the_better_known_first_and_failures_last() -> None:
+    poor, fair, good, failed = result(3.0, 5), result(2.0, 5), result(1.0, 9), result(None, 9)
+    longer = Result(poor.overrides, 20, 4.0, 5.0, 1.0)
+    assert ranked([poor, failed, fair, longer, good]) == [longer, good, fair, failed]
+    text = table(ranked([poor, failed, fair, longer, good]), list(poor.overrides), rows=2)
+    assert "... and 1 more in results.csv" in text
+    assert "failed: step_size None, evaluations 9: why" in text
+
+
+def test_survivors_are_the_best_and_the_pareto_front() -> None:
+    cheap, middle, worse, best = result(9.0, 1), result(5.0, 3), result(6.0, 4), result(1.0, 8)
+    assert pareto_front([best, worse, middle, cheap]) == [cheap, middle, best]
+    assert survivors([best, worse, middle, cheap, result(None, 1)], reduction=4) == [best, cheap, middle]
+    assert survivors([best, worse], reduction=1) == [best, worse]
+
+
+def test_a_ledger_drops_half_a_line(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, {"seed": 0})
+    ledger.add(result(1.0, 2))
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"overrides"')
+    assert Ledger(tmp_path, {"seed": 0}).results == [result(1.0, 2)]
