@@ -1,7 +1,7 @@
 """Which c(gamma) is best on the digits: the paper's Table 3 from our own runs, with several seeds.
 
-python benchmarks/study_decay.py --out DIR [--seeds 0 1 2]              # trains what is missing, measures, draws
-python benchmarks/study_decay.py --draw benchmarks/results/decay_....json    # the figure of docs/images alone
+python -m benchmarks.study_decay --out DIR [--seeds 0 1 2]              # trains what is missing, measures, draws
+python -m benchmarks.study_decay --draw benchmarks/results/decay_....json    # the figure of docs/images alone
 
 Every family with lambda = 1, as in Table 3, and the truncated one with lambda = 4, the paper's final choice. Each run
 is a third of the default training (600 of its 2,000 steps). Descent takes steps of eta = 0.04 / lambda, so that all
@@ -53,7 +53,14 @@ TRAINING = {
 }  # fmt: skip
 STEP = 0.04
 MEASURED = (16, 20, 24, 28, 32, 36, 40, 48, 56, 64, 80)
+LATER = {"linear": (96, 112, 128, 160)}
+"""Evaluations of a family that slows down from the start and takes longer to arrive."""
 SAMPLES, BATCH = 1797, 256
+
+
+def measured(family: str) -> tuple[int, ...]:
+    """The numbers of evaluations after which a family is measured."""
+    return (*MEASURED, *LATER.get(family, ()))
 
 
 def train(root: Path, family: str, seed: int) -> Path:
@@ -69,19 +76,19 @@ def train(root: Path, family: str, seed: int) -> Path:
 
 
 @torch.no_grad()
-def descent(run: Path, gradient_scale: float, seed: int) -> Iterator[tuple[int, Tensor]]:
-    """The images [n, H, W, C] of a run after every number of evaluations in ``MEASURED``."""
+def descent(run: Path, family: str, seed: int) -> Iterator[tuple[int, Tensor]]:
+    """The images [n, H, W, C] of a run after every number of evaluations in ``measured``."""
     model = load(run)
     field, indices = model.field(torch.device("cpu")), torch.arange(SAMPLES)
     labels = labels_of("balanced", indices, 10, seed)
     x = rng.normal(seed, rng.Stream.START_NOISE, indices, (1, 8, 8))
-    for evaluation in range(1, MEASURED[-1] + 1):
+    for evaluation in range(1, measured(family)[-1] + 1):
         moves = [
             field(part, given, torch.zeros(len(part)))
             for part, given in zip(x.split(BATCH), labels.split(BATCH), strict=True)
         ]
-        x = x + STEP / gradient_scale * torch.cat(moves)
-        if evaluation in MEASURED:
+        x = x + STEP / FAMILIES[family]["gradient_scale"] * torch.cat(moves)
+        if evaluation in measured(family):
             yield evaluation, model.decoder.decode(x)
 
 
@@ -90,7 +97,7 @@ def measure(run: Path, family: str, seed: int, reference: FeatureMoments) -> lis
     file = run / "fid.json"
     if not file.exists():
         extractor = load_digit_classifier()
-        along = descent(run, FAMILIES[family]["gradient_scale"], seed)
+        along = descent(run, family, seed)
         fids = {k: frechet_distance(reference, feature_moments(extractor, images.split(256))) for k, images in along}
         file.write_text(json.dumps(fids))
     return [
@@ -104,9 +111,10 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, tuple[int, float, float]]:
     best = {}
     for family in FAMILIES:
         curve = {
-            k: [row["fid"] for row in rows if row["family"] == family and row["evaluations"] == k] for k in MEASURED
+            k: [row["fid"] for row in rows if row["family"] == family and row["evaluations"] == k]
+            for k in measured(family)
         }
-        k = min(MEASURED, key=lambda k: mean(curve[k]))
+        k = min(curve, key=lambda k: mean(curve[k]))
         best[family] = (k, mean(curve[k]), stdev(curve[k]))
     return best
 
@@ -117,9 +125,10 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
     left, right = drawn.subplots(1, 2, width_ratios=(1.25, 1))
     best = summary(rows)
     for family, paper in zip(FAMILIES, PAPER, strict=True):
-        groups = [[r["fid"] for r in rows if r["family"] == family and r["evaluations"] == k] for k in MEASURED]
+        taken = measured(family)
+        groups = [[r["fid"] for r in rows if r["family"] == family and r["evaluations"] == k] for k in taken]
         means, errors = [mean(group) for group in groups], [stdev(group) for group in groups]
-        line = left.errorbar(MEASURED, means, errors, marker=".", capsize=2, label=family)
+        line = left.errorbar(taken, means, errors, marker=".", capsize=2, label=family)
         _, fid, deviation = best[family]
         right.errorbar([paper], [fid], [deviation], marker="o", capsize=3, color=line[0].get_color())
         right.annotate(family, (paper, fid), xytext=(6, 3), textcoords="offset points", fontsize=7.5)

@@ -146,7 +146,7 @@ class Pretrained:
         warn_of_failures(len(indices), cut_off, not_finite, sampler.evaluations)
         return drawn
 
-    def field(self, device: torch.device) -> TimedField:
+    def field(self, device: torch.device | str) -> TimedField:
         """What samplers follow: (x [B, C, h, w], labels [B], time [B]) -> [B, C, h, w], guided if so configured."""
         return build_field(self.config, self.model.to(device), self.config.data.num_classes)
 
