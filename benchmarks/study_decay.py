@@ -151,8 +151,9 @@ def main() -> None:
         rows = []
         for seed in options.seeds:
             for family in FAMILIES:
-                rows += measure(train(options.out, family, seed), family, seed, reference)
-                print(f"{family}, seed {seed}: best FID {min(row['fid'] for row in rows[-len(MEASURED) :]):.3f}")
+                found = measure(train(options.out, family, seed), family, seed, reference)
+                print(f"{family}, seed {seed}: best FID {min(row['fid'] for row in found):.3f}", flush=True)
+                rows += found
         record = {
             "command": " ".join(["python", "benchmarks/study_decay.py", "--seeds", *map(str, options.seeds)]),
             "commit": commit(),
