@@ -210,6 +210,7 @@ def test_figures_reach_the_mlflow_record_of_the_run(root: Path) -> None:
         ("--model tiny --samples 9 --extractor digits --reference digits.npz --metrics is", "is needs at least 10"),
         ("--images digits.npz --reference digits.npz --extractor digits --mlflow absent", "has no mlflow.json"),
         ("--images digits.npz --reference digits.npz --extractor digits --resolution 4", "holds arrays of 8x8"),
+        ("--images digits.npz --reference digits.npz --extractor digits --channels 3", "holds arrays of 1"),
         ("--images digits.npz --reference digits.npz --extractor digits --extractor-weights x", "received some for"),
     ],
 )

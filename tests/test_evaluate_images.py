@@ -70,7 +70,8 @@ def test_what_sample_writes_is_read(tmp_path: Path, pixels: np.ndarray, kind: st
         facts = {"label": 0 * one, "nfe": one, "complete": one > 0, "finite": one > 0}
         written.write(unit, pixels[unit.start : unit.stop], facts)
     written.finish({})
-    Image.new("RGB", (50, 50)).save(tmp_path / "set" / "grid.png")  # as the command leaves it
+    for picture in ("grid.png", "nfe.png"):  # as the command leaves them
+        Image.new("RGB", (50, 50)).save(tmp_path / "set" / picture)
     np.testing.assert_array_equal(read(open_images(str(tmp_path / "set"))), pixels)
 
 

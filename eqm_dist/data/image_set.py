@@ -35,6 +35,8 @@ SETTINGS_FILE = "settings.json"
 RECORD_FILE = "samples.json"
 FACTS_FILE = "samples.csv"
 NPZ_FILE = "samples.npz"
+GRID_FILE, NFE_FILE = PICTURES = "grid.png", "nfe.png"
+"""Pictures of a set that lie beside its images and are none of them."""
 _UNITS = ".units"
 
 

@@ -17,6 +17,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from eqm_dist.data.cache import FileCache
+from eqm_dist.data.image_set import PICTURES
 from eqm_dist.data.loader import ShardReader
 from eqm_dist.data.manifest import MANIFEST_NAME
 from eqm_dist.data.preprocess import PreparedImages
@@ -29,8 +30,6 @@ from eqm_dist.models.autoencoder import Autoencoder, load_autoencoder, moments_t
 
 ADM_IMAGES = "arr_0"
 """The array of images in an ADM .npz."""
-GRID_FILE = "grid.png"
-"""What ``pipelines/sample.py`` writes beside its images, and is none of them."""
 HASH_BYTES = 1 << 24
 CACHE_BYTES = 64 << 30
 
@@ -81,7 +80,7 @@ def open_images(location: str, *, resolution: int | None = None, channels: int =
             raw = _tar_members(location, tars, names)
         else:
             found = [name for name in folder.walk() if PurePosixPath(name).suffix.lower() in SUFFIXES]
-            raw = RawImages(location, folder, [_Place(name) for name in found if name != GRID_FILE])
+            raw = RawImages(location, folder, [_Place(name) for name in found if name not in PICTURES])
         if not len(raw):
             raise DataError(
                 f"Images must be an .npz with {ADM_IMAGES}, tars, shards or a folder of image files, and {location}"

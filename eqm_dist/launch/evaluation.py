@@ -190,7 +190,14 @@ class Judge:
     def _open(self, location: str) -> Images:
         shape = getattr(self._loaded(), "image_shape", None)
         channels = self.channels or (shape[2] if shape else 3)
-        return open_images(location, resolution=self.resolution, channels=channels)
+        images = open_images(location, resolution=self.resolution, channels=channels)
+        found = next(images.read(0, 1, 1)).shape[3] if self.channels and len(images) else self.channels
+        if found != self.channels:
+            raise ConfigError(
+                f"--channels={self.channels} says how to read files and tars, and {location} holds arrays of {found}"
+                " channels; leave it out."
+            )
+        return images
 
     def _measure(self, images: Images, parts: Collection[str]) -> ImageStatistics:
         work = MeasureImages(images, self.extractor, self.weights, frozenset(parts), self.batch)

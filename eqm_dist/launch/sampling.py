@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from eqm_dist.config import dump
-from eqm_dist.data.image_set import RECORD_FILE, Format, ImageSet, Unit, open_image_set
+from eqm_dist.data.image_set import GRID_FILE, NFE_FILE, RECORD_FILE, Format, ImageSet, Unit, open_image_set
 from eqm_dist.data.loader import ShardReader
 from eqm_dist.data.storage import storage_errors
 from eqm_dist.errors import ConfigError, DataError
@@ -130,7 +130,7 @@ def _report(model: Pretrained, images: ImageSet, out: Path) -> str:
     record = json.loads((out / RECORD_FILE).read_bytes())
     classes = min(GRID_CLASSES, model.config.data.num_classes)
     wanted = min(images.count, classes * GRID_COLUMNS)
-    grid = out / "grid.png"
+    grid = out / GRID_FILE
     first = torch.from_numpy(np.stack(list(images.read(wanted))))
     labels = labels_of(record["labels"], torch.arange(wanted), model.config.data.num_classes, record["seed"])
     with storage_errors("write", grid):
@@ -144,9 +144,9 @@ def _report(model: Pretrained, images: ImageSet, out: Path) -> str:
         "grid": str(grid),
     }
     if nfe["min"] < nfe["max"]:
-        lines["evaluations"] += f" (from {nfe['min']:,} to {nfe['max']:,}): {out / 'nfe.png'}"
-        with storage_errors("write", out / "nfe.png"):
-            nfe_histogram(torch.tensor(images.nfe())).savefig(out / "nfe.png", dpi=120)
+        lines["evaluations"] += f" (from {nfe['min']:,} to {nfe['max']:,}): {out / NFE_FILE}"
+        with storage_errors("write", out / NFE_FILE):
+            nfe_histogram(torch.tensor(images.nfe())).savefig(out / NFE_FILE, dpi=120)
     if record["cut_off"]:
         lines["cut off"] = f"{record['cut_off']:,} images by evaluation.sampler.evaluations, before they came to an end"
     if record["not_finite"]:
