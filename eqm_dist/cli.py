@@ -100,6 +100,24 @@ def count(text: str) -> int:
     return int(text)
 
 
+def hours(text: str) -> float:
+    """A flag's value that is a length of time."""
+    if not (found := share(text)):
+        raise argparse.ArgumentTypeError(f"must be a positive number of hours, got {text}")
+    return found
+
+
+def share(text: str) -> float:
+    """A flag's value that is a number, none or a fraction of things."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
+    return found
+
+
 def config_from(arguments: argparse.Namespace) -> Config:
     """The config that the preset, the file and the flags describe together.
 

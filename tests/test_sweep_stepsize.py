@@ -290,8 +290,8 @@ def test_survivors_are_the_best_and_the_pareto_front() -> None:
 
 
 def test_a_ledger_drops_half_a_line(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, {"seed": 0})
+    ledger = Ledger(tmp_path, {"seed": 0}, Result)
     ledger.add(result(1.0, 2))
     with (tmp_path / "results.jsonl").open("a") as file:
         file.write('{"overrides"')
-    assert Ledger(tmp_path, {"seed": 0}).results == [result(1.0, 2)]
+    assert Ledger(tmp_path, {"seed": 0}, Result).results == [result(1.0, 2)]

@@ -8,7 +8,6 @@ Every trial is measured by its FID with few samples, the best of them with more,
 started again, the command goes on. What it writes, and how to read it: docs/tuning.md.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--trials", type=cli.count, metavar="N", help=f"points of a random or Optuna search (default: {TRIALS})"
     )
-    parser.add_argument("--hours", type=_hours, metavar="H", help="begin nothing after so long (default: no limit)")
+    parser.add_argument("--hours", type=cli.hours, metavar="H", help="begin nothing after so long (default: no limit)")
     parser.add_argument(
         "--rungs", type=_counts, default=[500, 2000], metavar="N,N",
         help="samples of the first rungs (default: 500,2000)",
@@ -115,16 +114,6 @@ def main(arguments: Sequence[str]) -> None:
 
 def _counts(text: str) -> list[int]:
     return [cli.count(part) for part in text.split(",")]
-
-
-def _hours(text: str) -> float:
-    try:
-        hours = float(text)
-    except ValueError:
-        hours = 0.0
-    if not 0 < hours < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number of hours, got {text}")
-    return hours
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from eqm_dist.launch.descents import Descent, Measured, MeasureDescent, units
 from eqm_dist.launch.sampling import open_actors
 from eqm_dist.logs import clock
 from eqm_dist.sweeps.plan import PREFIX, Plan
-from eqm_dist.sweeps.results import Ledger, Result, ranked, shown, survivors
+from eqm_dist.sweeps.results import Ledger, Result, measured_with, ranked, shown, survivors
 from eqm_dist.sweeps.spaces import Overrides, trial_name
 from eqm_dist.sweeps.tpe import TpeSearch
 
@@ -47,7 +47,7 @@ class Halving:
     def __init__(
         self,
         plan: Plan,
-        ledger: Ledger,
+        ledger: Ledger[Result],
         reference: ImageStatistics,
         on_result: Callable[[Result], None],
         hours: float | None,
@@ -70,7 +70,7 @@ class Halving:
             else:
                 self._measure(self._plan.points(), 0)
             for rung in range(1, len(self._plan.rungs)):
-                known = self._ledger.known(self._plan.rungs[rung - 1])
+                known = measured_with(self._ledger.results, self._plan.rungs[rung - 1])
                 if not self._late():
                     best = survivors(known.values(), self._plan.reduction)
                     self._measure([result.overrides for result in best], rung)
@@ -86,7 +86,7 @@ class Halving:
         """The first rung where Optuna proposes the points, by FID and evaluations."""
         samples, trials = self._plan.rungs[0], self._plan.trials
         search = TpeSearch(self._plan.space, objectives=2, seed=self._plan.seed)
-        known = self._ledger.known(samples)
+        known = measured_with(self._ledger.results, samples)
         for result in known.values():
             search.tell(result.overrides, _objectives(result))
         # Where the space has fewer points than trials were asked for, the same ones are proposed again and again.
@@ -95,7 +95,7 @@ class Halving:
             asked = [search.ask() for _ in range(min(ASKED_AT_ONCE, trials - len(known)))]
             asks_left -= len(asked)
             self._measure(asked, 0)
-            known = self._ledger.known(samples)
+            known = measured_with(self._ledger.results, samples)
             for point in asked:
                 if (result := known.get(trial_name(point))) is not None:
                     search.tell(point, _objectives(result))
@@ -103,7 +103,7 @@ class Halving:
     def _measure(self, points: Sequence[Overrides], rung: int) -> None:
         """Bring these points to the samples of a rung, but for those that are there."""
         samples = self._plan.rungs[rung]
-        known = self._ledger.known(samples)
+        known = measured_with(self._ledger.results, samples)
         pending = {trial: point for point in points if (trial := trial_name(point)) not in known}
         earlier = self._earlier(pending, rung)
         tasks = self._tasks(pending, earlier, samples)
@@ -126,7 +126,7 @@ class Halving:
             live.show(task, len(left) - sum(1 for trial in left if trial in pending), len(left))
         if not self._late():
             for file in self._statistics.glob("*"):
-                if file.stem not in self._ledger.known(samples):
+                if file.stem not in measured_with(self._ledger.results, samples):
                     file.unlink()
 
     def _run_tasks(self, tasks: Sequence[Descent]) -> Iterator[tuple[Descent, list[Measured] | str]]:
@@ -163,7 +163,7 @@ class Halving:
     def _earlier(self, pending: Iterable[str], rung: int) -> dict[str, tuple[Result, ImageStatistics]]:
         """What the rung before left of these trials; a kill may have taken the statistics of some."""
         found: dict[str, tuple[Result, ImageStatistics]] = {}
-        known = self._ledger.known(self._plan.rungs[rung - 1]) if rung else {}
+        known = measured_with(self._ledger.results, self._plan.rungs[rung - 1]) if rung else {}
         for trial in pending:
             if trial in known and self._file(trial).exists():
                 statistics, _ = load_statistics(self._file(trial))
@@ -203,7 +203,7 @@ class Halving:
 class _Live:
     """A line now and then: how far the rung is, the best so far, what failed, how long it will take."""
 
-    def __init__(self, title: str, tasks: Sequence[Descent], ledger: Ledger, keys: Sequence[str]) -> None:
+    def __init__(self, title: str, tasks: Sequence[Descent], ledger: Ledger[Result], keys: Sequence[str]) -> None:
         self._title, self._ledger, self._keys = title, ledger, keys
         self._total, self._done = sum(map(_cost, tasks)), 0
         self._started = self._shown = time.monotonic()

@@ -9,10 +9,10 @@ OUT/best.yaml         the config keys of the best trial
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 from eqm_dist.data.storage import atomic_write, storage_errors
 from eqm_dist.errors import ConfigError
@@ -21,6 +21,8 @@ from eqm_dist.sweeps.spaces import trial_name
 from eqm_dist.track.jsonl import read_metrics
 
 SETTINGS_FILE, LEDGER_FILE, CSV_FILE, BEST_FILE = "settings.json", "results.jsonl", "results.csv", "best.yaml"
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,18 @@ class Result:
         return trial_name(self.overrides)
 
 
-class Ledger:
+class Ledger(Generic[R]):
     """The results of a sweep, on disk as soon as they are known."""
 
-    def __init__(self, out: Path, settings: Mapping[str, Any], may_change: Sequence[str] = ()) -> None:
+    def __init__(
+        self, out: Path, settings: Mapping[str, Any], kind: Callable[..., R], may_change: Sequence[str] = ()
+    ) -> None:
         """Begin a sweep, or go on with the one in this directory.
 
         Args:
             out: its directory.
             settings: what decides its results.
+            kind: the dataclass of a result.
             may_change: settings that may be others when it goes on.
 
         Raises:
@@ -78,20 +83,21 @@ class Ledger:
         atomic_write(record, (json.dumps(settings, indent=1) + "\n").encode())
         lines = list(read_metrics(self._file))
         atomic_write(self._file, "".join(json.dumps(line) + "\n" for line in lines).encode())
-        self.results = [Result(**line) for line in lines]
+        self.results = [kind(**line) for line in lines]
 
-    def add(self, result: Result) -> None:
+    def add(self, result: R) -> None:
         """Keep a result.
 
         Raises:
             StorageError: it cannot be written.
         """
-        append_records(self._file, [asdict(result)])
+        append_records(self._file, [asdict(cast("Any", result))])
         self.results.append(result)
 
-    def known(self, samples: int) -> dict[str, Result]:
-        """The results with so many samples, by trial."""
-        return {result.trial: result for result in self.results if result.samples == samples}
+
+def measured_with(results: Iterable[Result], samples: int) -> dict[str, Result]:
+    """The results with so many samples, by trial."""
+    return {result.trial: result for result in results if result.samples == samples}
 
 
 def ranked(results: Iterable[Result]) -> list[Result]:
@@ -141,8 +147,7 @@ def table(order: Sequence[Result], keys: Sequence[str], rows: int = 10) -> str:
          *(str(result.overrides.get(key, "")) for key in keys)]
         for rank, result in enumerate(measured[:rows], start=1)
     ]  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *body)]
+    lines = aligned([header, *body])
     if len(measured) > rows:
         lines.append(f"... and {len(measured) - rows} more in {CSV_FILE}")
     failures = [result for result in order if result.failure is not None]
@@ -150,6 +155,12 @@ def table(order: Sequence[Result], keys: Sequence[str], rows: int = 10) -> str:
     if len(failures) > rows:
         lines.append(f"... and {len(failures) - rows} more failures in {CSV_FILE}")
     return "\n".join(lines)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, each column as wide as it must be."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 def write_csv(out: Path, order: Sequence[Result]) -> None:

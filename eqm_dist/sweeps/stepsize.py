@@ -75,7 +75,7 @@ def sweep(plan: Plan, reference: Reference, hours: float | None) -> str:
     Raises:
         EqmDistError: one sentence for the user.
     """
-    ledger = Ledger(plan.out, _settings(plan, reference), may_change=["trials"])
+    ledger = Ledger(plan.out, _settings(plan, reference), Result, may_change=["trials"])
     record = _open_record(plan)
 
     def log(result: Result) -> None:

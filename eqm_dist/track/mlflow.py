@@ -105,6 +105,16 @@ def close_run(run: MlflowRun, status: str) -> None:
         logger.warning("warning: %s", error)
 
 
+def nest(run: MlflowRun, parent_id: str) -> None:
+    """Show a run below another one, as a trial of its sweep.
+
+    Raises:
+        TrackingError: the server does not answer, or no longer knows the run.
+    """
+    with _answers(run.tracking_uri, run.timeout_s) as client:
+        client.set_tag(run.run_id, "mlflow.parentRunId", parent_id)
+
+
 def recorded_run(run_directory: Path) -> MlflowRun:
     """The MLflow run in which a training was recorded.
 
@@ -152,7 +162,8 @@ class SweepRecord:
                 page = client.search_runs([self._experiment_id], children, max_results=1000, page_token=token)
                 for run in page:
                     tags = run.data.tags
-                    self._children[tags["eqm_dist.trial"]] = run.info.run_id, int(tags.get(_STEP_TAG, -1))
+                    if "eqm_dist.trial" in tags:  # otherwise a training that keeps its record itself
+                        self._children[tags["eqm_dist.trial"]] = run.info.run_id, int(tags.get(_STEP_TAG, -1))
                 token = page.token or ""
 
     def log_trial(

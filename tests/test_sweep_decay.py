@@ -1,0 +1,256 @@
+"""``tuning/sweep_decay.py``: trials that are runs, stopped by their FID, forked, killed and found again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from ray.tune.schedulers import TrialScheduler
+
+from eqm_dist.errors import CheckpointError, ConfigError
+from eqm_dist.launch.fork import fork_run
+from eqm_dist.launch.ray_tune import EarlyStop, _Asha
+from eqm_dist.sweeps.spaces import parse_space
+from eqm_dist.sweeps.trainings import AXES, Trained, _explored, summaries
+from eqm_dist.track.jsonl import read_metrics
+from tests import tiny
+from tuning.sweep_decay import main
+
+SCRIPT = Path(__file__).parent.parent / "tuning" / "sweep_decay.py"
+RATE, SCALE, FAMILY = "optimizer.learning_rate", "objective.decay.gradient_scale", "objective.decay.family"
+EXTRACTOR = """
+import torch
+
+class Pixels(torch.nn.Module):
+    id = "pixels of a sweep"
+    num_features = 4
+    def forward(self, images):
+        return images.flatten(1)[:, :4].double() / 255
+"""
+GRID = {FAMILY: ["linear", "constant"], RATE: [0.01]}
+
+
+def flags(root: Path, space: object = GRID, **others: Any) -> list[str]:
+    """A sweep of tiny runs: 6 steps, evaluated every 2."""
+    shards = root / "blots"
+    if not shards.exists():
+        tiny.write_blots(shards)
+        (root / "decay_extractor.py").write_text(EXTRACTOR)
+    (root / "space.yaml").write_text(yaml.safe_dump(space))
+    config = {"evaluation.every": 2, "evaluation.samples": 12, "evaluation.extractor": "decay_extractor:Pixels",
+              "evaluation.sampler.evaluations": 3}  # fmt: skip
+    values = tiny.overrides(root / "runs", shards, **config)
+    del values["launch.launcher"], values["run.name"]
+    return tiny.flags({**values, "space": str(root / "space.yaml"), "out": str(root / "sweep"), **others})
+
+
+def results(root: Path) -> list[dict[str, Any]]:
+    file = root / "sweep" / "results.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def run(root: Path, arguments: list[str], kill_at: int | None = None, cpus: int = 2) -> str:
+    """The command in a process of its own with a cluster of so many CPUs; killed once it has so many results."""
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    environment = {
+        **os.environ,
+        "RAY_ADDRESS": "local",
+        "PYTHONPATH": path,
+        "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": cpus}),
+    }
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+    if kill_at is None:
+        out = process.communicate(timeout=500)[0]
+        assert process.returncode == 0, out
+        return out
+    end = time.monotonic() + 400
+    while len(results(root)) < kill_at:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    return process.communicate()[0]
+
+
+def test_a_fork_goes_on_as_its_origin_would_have(tmp_path: Path) -> None:
+    shards = tiny.write_blots(tmp_path / "blots")
+    common = {"checkpoint.keep": 9, "optimizer.schedule": "constant"}
+
+    def train(name: str, **others: Any) -> list[float]:
+        values = tiny.overrides(tmp_path, shards, **{"run.name": name, **common, **others})
+        outcome = tiny.train(*tiny.flags(values))
+        assert outcome.code == 0, outcome.err
+        return [line["train/loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")]
+
+    losses = train("origin")
+    fork_run(tmp_path / "origin", 4, tmp_path / "same")
+    fork_run(tmp_path / "origin", 4, tmp_path / "other")
+    assert train("same") == losses  # bit for bit: weights, moments, averages and position
+    other = train("other", **{"objective.decay.gradient_scale": 2.0})
+    assert other[:4] == losses[:4]
+    assert other[4] < losses[4]  # half the target
+    before = sorted((tmp_path / "other").rglob("*"))
+    fork_run(tmp_path / "origin", 2, tmp_path / "other")  # it has begun
+    assert sorted((tmp_path / "other").rglob("*")) == before
+    with pytest.raises(CheckpointError, match="has none of step 3, but those of"):
+        fork_run(tmp_path / "origin", 3, tmp_path / "third")
+
+
+def test_early_stopping_knows_what_an_earlier_attempt_measured() -> None:
+    past = {f"run{number}": [(2, float(number)), (4, float(number))] for number in range(1, 9)}
+    trial: Any = SimpleNamespace(trial_id="new")
+    controller: Any = None  # ASHA asks it nothing
+    for fid, stops in ((1.5, False), (7.5, True)):
+        for known, expected in ((past, stops), ({}, False)):
+            scheduler = _Asha(EarlyStop(grace=2, reduction=2, past=known), steps=8)
+            scheduler.on_trial_add(controller, trial)
+            decision = scheduler.on_trial_result(controller, trial, {"step": 2, "fid": fid})
+            assert (decision == TrialScheduler.STOP) == expected
+            assert ("new" in scheduler.stopped) == expected
+
+
+def test_a_point_is_the_mean_and_the_spread_of_its_seeds() -> None:
+    def trained(scale: float, seed: int, step: int, fid: float | None) -> Trained:
+        return Trained(f"{scale}-{seed}", {SCALE: scale}, seed, "complete", step, fid, 1.0)
+
+    whole = [trained(1.0, 0, 6, 2.0), trained(4.0, 0, 6, 1.0), trained(1.0, 1, 6, 4.0), trained(4.0, 1, 6, None)]
+    rows = summaries([*whole, trained(9.0, 0, 2, 0.5), trained(1.0, 2, 2, 9.0)])
+    assert [row.overrides[SCALE] for row in rows] == [4.0, 1.0, 9.0]  # the longest first
+    assert [(row.mean, row.fids) for row in rows[:2]] == [(1.0, (1.0,)), (3.0, (2.0, 4.0))]
+    assert rows[1].spread == pytest.approx(2**0.5)  # of 2 and 4, over n - 1
+
+
+def test_exploring_stays_in_the_space() -> None:
+    space = parse_space({RATE: {"log": [0.001, 0.1]}, FAMILY: ["linear", "constant"]}, AXES, "test")
+    point, families = {RATE: 0.09, FAMILY: "linear"}, set()
+    for seed in range(40):
+        explored = _explored(space, point, np.random.default_rng(seed))
+        assert explored[RATE] in (0.072, 0.1)  # 0.8 times, or 1.25 times up to the end
+        families.add(explored[FAMILY])
+    assert families == {"linear", "constant"}
+
+
+@pytest.mark.parametrize(
+    ("space", "others", "message"),
+    [
+        ({"optimizer.learn_rate": [0.1]}, {}, "did you mean optimizer.learning_rate"),
+        ({"train.steps": [1]}, {}, "train.steps cannot be an axis of this sweep"),
+        (
+            {FAMILY: "linear", "objective.decay.decay_start": [0.5]},
+            {},
+            "decay_start has no effect on the linear family",
+        ),
+        (GRID, {"evaluation.every": 0}, "evaluation.every=0 measures none"),
+        (GRID, {"reduction": 1}, "--reduction must be at least 2"),
+        (GRID, {"grace": 2}, "--grace has no effect without --reduction"),
+        (GRID, {"grace": 3, "reduction": 2}, "--grace 3 must be a multiple of evaluation.every=2"),
+        (GRID, {"trials": 3}, "--trials has no effect on --search grid"),
+        (GRID, {"launch.workers": 2}, "launch.workers has no effect on trials that are one process"),
+        (GRID, {"search": "pbt"}, "use optimizer.schedule=constant"),
+        (
+            {"model.depth": [1, 2]},
+            {"search": "pbt", "trials": 2},
+            "model.depth cannot change while a population trains",
+        ),
+        (GRID, {"search": "pbt", "grace": 4, "optimizer.schedule": "constant"}, "must be a multiple of the 4 steps"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_starts(
+    tmp_path: Path, space: object, others: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        main(flags(tmp_path, space, **others))
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*flags(tmp_path, seeds=2, reduction=2), "--dry-run"])
+    printed = capsys.readouterr().out
+    assert "4 (grid: 2 points x 2 seeds)" in printed
+    assert "96 at most" in printed  # images: 4 runs x 6 steps x 4
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
+    arguments = flags(tmp_path, seeds=2, **{"track.mlflow": "true"})
+    run(tmp_path, arguments, kill_at=2)
+    first = results(tmp_path)
+    written = {line["name"]: (tmp_path / "sweep" / "runs" / line["name"] / "result.json").stat().st_mtime_ns
+               for line in first}  # fmt: skip
+    out = run(tmp_path, arguments)
+    done = results(tmp_path)
+    assert done[: len(first)] == first
+    assert len(done) == len({line["name"] for line in done}) == 4
+    assert all(line["how"] == "complete" and line["step"] == 6 for line in done)
+    for name, when in written.items():
+        assert (tmp_path / "sweep" / "runs" / name / "result.json").stat().st_mtime_ns == when
+    assert "is complete" in out
+    for picture in ("fid.png", "c_gamma.png"):
+        assert (tmp_path / "sweep" / picture).stat().st_size > 1000
+    trained = tiny.train("--config", str(tmp_path / "sweep" / "best.yaml"), "--dry-run")
+    assert trained.code == 0, trained.err
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    parent = client.get_run(json.loads((tmp_path / "sweep" / "mlflow.json").read_text())["run_id"])
+    assert parent.info.status == "FINISHED"
+    children = client.search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'",
+        order_by=["metrics.`eval/fid` ASC"],
+    )  # fmt: skip
+    fids = {line["name"]: line["fid"] for line in done}
+    assert sorted(fids) == sorted(child.info.run_name or "" for child in children)
+    assert [child.data.metrics["eval/fid"] for child in children] == sorted(fids.values())
+    assert {child.info.status for child in children} == {"FINISHED"}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_population_is_the_same_after_a_kill(tmp_path: Path) -> None:
+    space = {RATE: {"log": [0.001, 0.1]}, SCALE: {"linear": [1, 4]}}
+    common = {"search": "pbt", "trials": 3, "grace": 2, "optimizer.schedule": "constant", "optimizer.warmup_steps": 0}
+    for name, kill_at in (("whole", None), ("killed", 4)):
+        (tmp_path / name).mkdir()
+        arguments = flags(tmp_path / name, space, **common)
+        run(tmp_path / name, arguments, kill_at)
+        if kill_at:
+            run(tmp_path / name, arguments)
+    found = [sorted(({**line, "seconds": 0} for line in results(tmp_path / name)), key=lambda line: line["name"])
+             for name in ("whole", "killed")]  # fmt: skip
+    assert found[0] == found[1]
+    assert len(found[0]) == 9
+    replaced = {json.dumps(line["overrides"]) for line in found[0]}
+    assert len(replaced) > 3  # some members were replaced by others that explore
+    last = list(read_metrics(tmp_path / "whole" / "sweep" / "runs" / "g002-m000" / "metrics.jsonl"))
+    assert [line["step"] for line in last if "train/loss" in line] == [1, 2, 3, 4, 5, 6]  # with its origin's past
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("cpus", [2, 5])
+def test_ray_train_trials_of_two_cpus_end_where_one_has_room_and_where_two_and_a_half_have(
+    tmp_path: Path, cpus: int
+) -> None:
+    options = {"launch.launcher": "ray", "launch.workers": 2, "launch.cpus_per_worker": 1, "engine.kind": "torch"}
+    arguments = flags(tmp_path, seeds=3, reduction=2, grace=2, **options)  # those that are stopped must give back
+    run(tmp_path, arguments, cpus=cpus)
+    ends = {line["name"]: line["how"] for line in results(tmp_path)}
+    assert len(ends) == 6
+    assert set(ends.values()) <= {"complete", "stopped"}
+    assert "complete" in ends.values()
+    log = next((tmp_path / "sweep" / "runs").glob("*/logs/rank-0000.log")).read_text()
+    assert "on 2 workers" in log
