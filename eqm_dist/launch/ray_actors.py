@@ -59,20 +59,20 @@ def ray_actors(
     """
     with cluster():
         recipe = ray.put(work)  # once, whatever the number of actors: it may hold weights, or name millions of files
-        yield partial(_run, _actors(recipe, most_actors))
+        yield partial(_run, _actors(most_actors), recipe)
 
 
-def _run(actors: Sequence[Any], tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
+def _run(actors: Sequence[Any], recipe: Any, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
     waiting = iter(tasks)
     running: dict[Any, tuple[Task, Any]] = {}
     for actor, task in zip(islice(cycle(actors), IN_FLIGHT * len(actors)), waiting, strict=False):
-        running[actor.do.remote(task)] = task, actor
+        running[actor.do.remote([recipe], task)] = task, actor
     while running:
         [finished], _ = ray.wait(list(running), num_returns=1)
         task, actor = running.pop(finished)
         result = _result(finished, task)
         for following in islice(waiting, 1):
-            running[actor.do.remote(following)] = following, actor
+            running[actor.do.remote([recipe], following)] = following, actor
         yield task, result
 
 
@@ -86,20 +86,21 @@ class _Share:
 
 @ray.remote(max_restarts=-1, max_task_retries=TRIES - 1)
 class _Actor:
-    def __init__(self, recipe: Sequence[Any], share: _Share) -> None:
+    def __init__(self, share: _Share) -> None:
         torch.set_num_threads(share.cpus)
-        self._work: Callable[[Any, torch.device], Any] = ray.get(recipe[0])
         self._device = torch.device("cuda" if share.gpus else "cpu")
+        self._work: Callable[[Any, torch.device], Any] | None = None
 
-    def do(self, task: Any) -> Any:
-        return self._work(task, self._device)
+    def do(self, recipe: Sequence[Any], task: Any) -> Any:
+        # Inside a list the reference comes as it is; an actor that was restarted asks for what it stands for again.
+        self._work = work = self._work or ray.get(recipe[0])
+        return work(task, self._device)
 
 
-def _actors(recipe: Any, most: int | None) -> list[Any]:
+def _actors(most: int | None) -> list[Any]:
     count, share = _divide([node["Resources"] for node in ray.nodes() if node["Alive"]])
     remote = _Actor.options(num_cpus=share.cpus, num_gpus=share.gpus)
-    # As a reference inside a list, which the driver keeps alive: an actor that is restarted asks for it again.
-    return [remote.remote([recipe], share) for _ in range(min(count, most or count))]
+    return [remote.remote(share) for _ in range(min(count, most or count))]
 
 
 def _divide(nodes: Sequence[dict[str, float]]) -> tuple[int, _Share]:
