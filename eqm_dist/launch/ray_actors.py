@@ -89,12 +89,13 @@ class _Actor:
     def __init__(self, share: _Share) -> None:
         torch.set_num_threads(share.cpus)
         self._device = torch.device("cuda" if share.gpus else "cpu")
-        self._work: Callable[[Any, torch.device], Any] | None = None
+        self._work: Any = None
 
     def do(self, recipe: Sequence[Any], task: Any) -> Any:
         # Inside a list the reference comes as it is; an actor that was restarted asks for what it stands for again.
-        self._work = work = self._work or ray.get(recipe[0])
-        return work(task, self._device)
+        if self._work is None:
+            self._work = ray.get(recipe[0])
+        return self._work(task, self._device)
 
 
 def _actors(most: int | None) -> list[Any]:
