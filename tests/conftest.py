@@ -1,6 +1,7 @@
 """What all tests share: few threads, no calls home, reproducible properties, and no GPU test without a GPU."""
 
 import os
+import time
 
 # Before anything imports torch, Ray or MLflow; child processes inherit it. Test processes share the cores, and torch
 # would start a thread per core in each of them.
@@ -16,6 +17,20 @@ from hypothesis import settings
 settings.register_profile("here", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+
+STARTED = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--begin-within", type=float, metavar="S", help="skip the tests that have not begun after so long")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what has no time left."""
+    limit = item.config.getoption("--begin-within")
+    if limit is not None and time.monotonic() - STARTED > limit:
+        pytest.skip(f"no time left: it would have begun more than {limit:.0f} s after the first")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
