@@ -30,9 +30,14 @@ class Offer:
 def cluster() -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names, or one that runs here; otherwise start a local one and end it after.
 
+    A process that is in a cluster stays in it.
+
     Raises:
         LaunchError: RAY_ADDRESS names a cluster that does not answer.
     """
+    if ray.is_initialized():
+        yield
+        return
     address = os.environ.get("RAY_ADDRESS", "")
     if match := re.fullmatch(r"(?P<host>[^:/]+):(?P<port>\d+)", address):
         _check_answers(address, match["host"], int(match["port"]))

@@ -123,8 +123,9 @@ def run_trials(
         }
         for trial in trials
     ]
-    ours = trials[0].config.launch.launcher == "ray"
-    resources: dict[str, float] = {"CPU": 0, "GPU": 0} if ours else {"CPU": cpus, "GPU": gpus}
+    nested = trials[0].config.launch.launcher == "ray"
+    # Tune wants every trial to reserve something: of a trial that only waits, a byte.
+    resources: dict[str, float] = {"CPU": 0, "memory": 1} if nested else {"CPU": cpus, "GPU": gpus}
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one prints tables, at any verbosity
     with cluster():
         Tuner(
@@ -132,7 +133,7 @@ def run_trials(
             param_space={"trial": tune.grid_search(packed)},
             tune_config=TuneConfig(
                 scheduler=scheduler,
-                max_concurrent_trials=max(1, _room(trials[0].config)) if ours else None,
+                max_concurrent_trials=max(1, _room(trials[0].config)) if nested else None,
                 time_budget_s=None if hours is None else 3600 * hours,
                 trial_name_creator=_name,
                 trial_dirname_creator=_name,

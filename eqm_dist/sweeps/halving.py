@@ -150,9 +150,9 @@ class Halving:
     ) -> list[Descent]:
         """The longest descents first, so that no actor is left with one at the end; the parts of each together."""
         tasks: list[Descent] = []
-        for start in sorted({earlier[trial][0].samples if trial in earlier else 0 for trial in pending}):
-            there = [point for trial, point in pending.items()
-                     if (earlier[trial][0].samples if trial in earlier else 0) == start]  # fmt: skip
+        starts = {trial: earlier[trial][0].samples if trial in earlier else 0 for trial in pending}
+        for start in sorted(set(starts.values())):
+            there = [point for trial, point in pending.items() if starts[trial] == start]
             for points in self._plan.descents(there):
                 trials = tuple(trial_name(point) for point in points)
                 sampler = {key: value for key, value in self._plan.sampler(points[0]).items() if key != "evaluations"}

@@ -1,7 +1,6 @@
 """Many samplers of one trained model, from the plan to the pictures: what ``tuning/sweep_stepsize.py`` calls."""
 
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from eqm_dist.config import DESCENTS, dump, to_yaml
 from eqm_dist.data.storage import atomic_write
 from eqm_dist.launch.evaluation import Reference
 from eqm_dist.logs import clock
+from eqm_dist.sweeps.cost import measured_seconds
 from eqm_dist.sweeps.halving import Halving
 from eqm_dist.sweeps.plan import PREFIX, Plan
 from eqm_dist.sweeps.plots import fid_against_nfe, fid_against_step_size
@@ -101,18 +101,16 @@ def sweep(plan: Plan, reference: Reference, hours: float | None) -> str:
 
 
 def _seconds_per_evaluation(plan: Plan, point: Overrides) -> float:
-    """Of one image on one core, or on the GPU; on a core its own time, whatever else runs on this machine."""
+    """Of one image."""
     model = plan.model.with_sampler(**(plan.sampler(point) | {"evaluations": 4}))
-    threads, device = torch.get_num_threads(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    indices, now = torch.arange(plan.batch), time.perf_counter if device.type == "cuda" else time.process_time
-    torch.set_num_threads(1)
-    try:
-        for _ in range(2):  # the first warms up
-            started = now()
-            model.generate(indices, indices % model.config.data.num_classes, 0, plan.batch, device).images.sum().item()
-        return (now() - started) / (4 * plan.batch)
-    finally:
-        torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    indices = torch.arange(plan.batch)
+    labels = indices % model.config.data.num_classes
+
+    def draw() -> torch.Tensor:
+        return model.generate(indices, labels, 0, plan.batch, device).images.sum()
+
+    return measured_seconds(draw, device) / (4 * plan.batch)
 
 
 def _settings(plan: Plan, reference: Reference) -> dict[str, Any]:

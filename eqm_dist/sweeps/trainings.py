@@ -6,6 +6,7 @@ A trial is a run in OUT/runs whose name is a function of what it is, so the same
 import csv
 import io
 import logging
+import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -14,13 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
-from eqm_dist.build import METRICS_FILE, build_decay, derived_numbers, runs_root
+from eqm_dist.build import METRICS_FILE, build_decay, build_model, derived_numbers, runs_root
 from eqm_dist.config import Config, dump, flatten, options, to_yaml, with_overrides
 from eqm_dist.data.storage import atomic_write
 from eqm_dist.errors import ConfigError, LaunchError
+from eqm_dist.launch.ray_cluster import cluster
 from eqm_dist.launch.ray_tune import EarlyStop, Ending, Trial, history, run_trials
+from eqm_dist.logs import clock
+from eqm_dist.sweeps.cost import measured_seconds
 from eqm_dist.sweeps.plots import c_gamma_curves, fid_with_error_bars, parallel_coordinates
 from eqm_dist.sweeps.results import BEST_FILE, CSV_FILE, Ledger, aligned, short, shown
 from eqm_dist.sweeps.spaces import Choices, Interval, Overrides, Space, trial_name
@@ -166,11 +171,16 @@ def describe(plan: Plan) -> str:
     runs = len(points) * plan.seeds
     images = runs * config.train.steps * config.train.global_batch
     gflop = float(derived_numbers(config)["training cost"].split()[0])
+    device = torch.device("cuda" if plan.gpus else "cpu")
+    seconds = images * _seconds_per_image(config, device)
+    at_once = max(1, int(torch.cuda.device_count() / plan.gpus if plan.gpus else (os.cpu_count() or 1) / plan.cpus))
+    cores = 1 if plan.gpus else plan.cpus
     lines = {
         "trials": f"{runs:,} ({plan.search}: {len(points):,} points x {plan.seeds} seeds)",
         "axes": ", ".join(plan.space.varying()),
         "steps": f"{config.train.steps:,} each",
         "images": f"{images:,} at most, {images * gflop / 1e6:,.3f} PFLOP",
+        "time": f"about {clock(seconds / at_once / cores)} of training, {at_once} at once, on a machine like this",
         "resources": f"{plan.cpus} CPUs and {plan.gpus:g} GPUs a trial, launcher {config.launch.launcher}",
         "results": str(plan.out),
     }
@@ -180,6 +190,22 @@ def describe(plan: Plan) -> str:
         lines["early stopping"] = f"on FID, from step {plan.grace:,} on; one of {plan.reduction} goes on"
     width = max(map(len, lines))
     return "\n".join(f"{label:<{width}}  {text}" for label, text in lines.items())
+
+
+def _seconds_per_image(config: Config, device: torch.device) -> float:
+    """Forward and backward."""
+    model = build_model(config).to(device)
+    count = min(64, config.train.global_batch)
+    latents = torch.zeros(count, *config.data.latent_shape, device=device)
+    labels = torch.zeros(count, dtype=torch.int64, device=device)
+    gamma = torch.zeros(count, device=device) if config.objective.kind == "flow_matching" else None
+
+    def learn() -> torch.Tensor:
+        loss = model(latents, labels, gamma).square().mean()
+        loss.backward()
+        return loss
+
+    return measured_seconds(learn, device) / count
 
 
 def sweep(plan: Plan, hours: float | None) -> str:
@@ -196,7 +222,11 @@ def sweep(plan: Plan, hours: float | None) -> str:
     status, files, best = "FAILED", [], {}
     try:
         running = _Sweep(plan, ledger, parent, hours)
-        complete = running.population() if plan.search == "pbt" else running.points()
+        if plan.search == "pbt":
+            with cluster():  # one for all generations
+                complete = running.population()
+        else:
+            complete = running.points()
         order = summaries(ledger.results)
         files = _write(plan, order, ledger.results)
         best = {"eval/fid": order[0].mean} if order else {}
@@ -222,14 +252,16 @@ class _Sweep:
         """All points with all their seeds; False where the time was up before."""
         plan, seed = self._plan, self._plan.config.run.seed
         known = {trained.name: trained for trained in self._ledger.results}
-        wanted = {f"{trial_name(point)}-s{seed + number}": (point, seed + number)
-                  for number in range(plan.seeds) for point in plan.points()}  # fmt: skip
-        trials = {name: Trial(plan.config_of(point, name, number)) for name, (point, number) in wanted.items()}
+        trials: dict[str, Trial] = {}
+        points: dict[str, Overrides] = {}
+        for number in range(seed, seed + plan.seeds):
+            for point in plan.points():
+                name = f"{trial_name(point)}-s{number}"
+                trials[name], points[name] = Trial(plan.config_of(point, name, number)), point
         past = {name: history(trials[name].directory) for name in known if name in trials}
         stop = EarlyStop(plan.grace, plan.reduction, past) if plan.reduction else None
-        self._train([trial for name, trial in trials.items() if name not in known],
-                    {name: point for name, (point, _) in wanted.items()}, stop)  # fmt: skip
-        return all(any(trained.name == name for trained in self._ledger.results) for name in wanted)
+        self._train([trial for name, trial in trials.items() if name not in known], points, stop)
+        return trials.keys() <= {trained.name for trained in self._ledger.results}
 
     def population(self) -> bool:
         """Generation after generation: the worst members go on from the best ones, with changed keys.
@@ -303,12 +335,11 @@ class _Sweep:
             seed = trial.config.run.seed
             if ending.how == "failed":
                 fid = None
-            self._ledger.add(Trained(trial.name, point, seed, ending.how, step, fid, seconds, ending.reason))
             if self._parent is not None and (trial.directory / "mlflow.json").exists():
-                close_run(
-                    recorded_run(trial.directory),
-                    {"complete": "FINISHED", "stopped": "KILLED"}.get(ending.how, "FAILED"),
-                )
+                status = {"complete": "FINISHED", "stopped": "KILLED"}.get(ending.how, "FAILED")
+                close_run(recorded_run(trial.directory), status)
+            # Last: what the ledger has is over, whatever kills this process.
+            self._ledger.add(Trained(trial.name, point, seed, ending.how, step, fid, seconds, ending.reason))
 
         run_trials(
             trials,
