@@ -57,7 +57,7 @@ def results(root: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def run(root: Path, arguments: list[str], kill_at: int | None = None, cpus: int = 2) -> str:
+def run(root: Path, arguments: list[str], kill_at: int | None = None, how: int = signal.SIGKILL, cpus: int = 2) -> str:
     """The command in a process of its own with a cluster of so many CPUs; killed once it has so many results."""
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     environment = {
@@ -79,8 +79,10 @@ def run(root: Path, arguments: list[str], kill_at: int | None = None, cpus: int 
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    return process.communicate()[0]
+    process.send_signal(how)
+    out = process.communicate()[0]
+    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), out
+    return out
 
 
 def test_a_fork_goes_on_as_its_origin_would_have(tmp_path: Path) -> None:
@@ -186,6 +188,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
     arguments = flags(tmp_path, seeds=2, **{"track.mlflow": "true"})
+    run(tmp_path, arguments, kill_at=1, how=signal.SIGINT)
     run(tmp_path, arguments, kill_at=2)
     first = results(tmp_path)
     written = {line["name"]: (tmp_path / "sweep" / "runs" / line["name"] / "result.json").stat().st_mtime_ns

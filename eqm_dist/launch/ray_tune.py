@@ -127,6 +127,7 @@ def run_trials(
     # Tune wants every trial to reserve something: of a trial that only waits, a byte.
     resources: dict[str, float] = {"CPU": 0, "memory": 1} if nested else {"CPU": cpus, "GPU": gpus}
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one prints tables, at any verbosity
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune's own would end the sweep as if its work were done
     with cluster():
         Tuner(
             tune.with_resources(_train, resources),

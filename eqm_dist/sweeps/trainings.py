@@ -9,6 +9,7 @@ import logging
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -246,7 +247,6 @@ class _Sweep:
     def __init__(self, plan: Plan, ledger: Ledger[Trained], parent: MlflowRun | None, hours: float | None) -> None:
         self._plan, self._ledger, self._parent = plan, ledger, parent
         self._deadline = None if hours is None else time.monotonic() + 3600 * hours
-        self._best: float | None = None
 
     def points(self) -> bool:
         """All points with all their seeds; False where the time was up before."""
@@ -311,35 +311,30 @@ class _Sweep:
         left = None if self._deadline is None else (self._deadline - time.monotonic()) / 3600
         if not trials or (left is not None and left <= 0):
             return
-        plan, ended, started = self._plan, Counts(), {}
-        keys = plan.space.varying()
-
-        def result(trial: Trial, step: int, fid: float) -> None:
-            started.setdefault(trial.name, time.monotonic())
-            self._best = fid if self._best is None else min(fid, self._best)
-            logger.info(
-                "%s | %s, seed %d | step %s of %s | fid %.3f | best %.3f | %d of %d trials over, %d stopped, %d failed",
-                trial.name, shown(points[trial.name], keys), trial.config.run.seed, f"{step:,}",
-                f"{trial.config.train.steps:,}", fid, self._best, ended.total, len(trials), ended.stopped, ended.failed,
-            )  # fmt: skip
+        plan, live = self._plan, _Live(trials, points, self._plan.space.varying(), self._ledger)
 
         def end(ending: Ending) -> None:
             trial = ending.trial
-            ended.add(ending.how)
-            if ending.how == "failed":
-                logger.warning("%s failed: %s", trial.name, ending.reason)
+            live.end(ending)
             evaluated = history(trial.directory)
             step, fid = evaluated[-1] if evaluated else (0, None)
             seconds = last_values(trial.directory / METRICS_FILE).get("time/step_s", 0.0) * step
-            point = dict(points[trial.name])
-            seed = trial.config.run.seed
-            if ending.how == "failed":
-                fid = None
             if self._parent is not None and (trial.directory / "mlflow.json").exists():
                 status = {"complete": "FINISHED", "stopped": "KILLED"}.get(ending.how, "FAILED")
                 close_run(recorded_run(trial.directory), status)
             # Last: what the ledger has is over, whatever kills this process.
-            self._ledger.add(Trained(trial.name, point, seed, ending.how, step, fid, seconds, ending.reason))
+            self._ledger.add(
+                Trained(
+                    name=trial.name,
+                    overrides=dict(points[trial.name]),
+                    seed=trial.config.run.seed,
+                    how=ending.how,
+                    step=step,
+                    fid=None if ending.how == "failed" else fid,
+                    seconds=seconds,
+                    failure=ending.reason,
+                )
+            )
 
         run_trials(
             trials,
@@ -349,24 +344,45 @@ class _Sweep:
             parent=self._parent.run_id if self._parent else None,
             early_stop=stop,
             hours=left,
-            on_result=result,
+            on_result=live.result,
             on_end=end,
         )
 
 
-@dataclass
-class Counts:
-    """How many trials are over, and how."""
+class _Live:
+    """A line for every evaluation: how far the trial is, the best so far, how many run, are over, when it will end."""
 
-    total: int = 0
-    stopped: int = 0
-    failed: int = 0
+    def __init__(
+        self, trials: Sequence[Trial], points: Mapping[str, Overrides], keys: Sequence[str], ledger: Ledger[Trained]
+    ) -> None:
+        self._points, self._keys, self._ledger = points, keys, ledger
+        self._steps = {trial.name: trial.config.train.steps for trial in trials}
+        self._done: dict[str, int] = {}
+        self._over: dict[str, str] = {}
+        self._best = min(map(_fid, ledger.results), default=float("inf"))
+        self._started = time.monotonic()
 
-    def add(self, how: str) -> None:
-        """One more."""
-        self.total += 1
-        self.stopped += how == "stopped"
-        self.failed += how == "failed"
+    def result(self, trial: Trial, step: int, fid: float) -> None:
+        """A trial has an FID."""
+        self._best = min(fid, self._best)
+        self._done[trial.name] = step
+        share = sum(self._done.values()) / sum(self._steps.values())
+        left = clock((time.monotonic() - self._started) * (1 / share - 1))
+        how = Counter(self._over.values())
+        logger.info(
+            "%s (%s, seed %d) | step %s | FID %.3f, best %.3f | %d running, %d complete, %d stopped, %d failed of %d"
+            " | at most %s left",
+            trial.name, shown(self._points[trial.name], self._keys), trial.config.run.seed, f"{step:,}", fid,
+            self._best, len(self._done.keys() - self._over.keys()), how["complete"], how["stopped"], how["failed"],
+            len(self._steps), left,
+        )  # fmt: skip
+
+    def end(self, ending: Ending) -> None:
+        """A trial is over."""
+        name = ending.trial.name
+        self._over[name], self._done[name] = ending.how, self._steps[name]
+        if ending.how == "failed":
+            logger.warning("%s (%s) failed: %s", name, shown(self._points[name], self._keys), ending.reason)
 
 
 def summaries(results: Sequence[Trained]) -> list[Summary]:
