@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--gpus-per-trial", type=cli.share, metavar="N", help="may be a fraction (default: 1 where there are GPUs)"
     )
-    parser.add_argument("--out", default="sweeps/decay", metavar="DIR", help="(default: %(default)s)")
+    parser.add_argument("--out", metavar="DIR", help="where the results go (default: sweeps/decay)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, train nothing")
     options = parser.parse_args(arguments)
     for flag, searches in (("trials", ("random", "pbt")), ("seeds", ("grid", "random"))):
@@ -73,6 +73,7 @@ def main(arguments: Sequence[str]) -> None:
 
     import torch
 
+    from eqm_dist.sweeps.results import sweep_directory
     from eqm_dist.sweeps.spaces import read_space
     from eqm_dist.sweeps.trainings import AXES, Plan, check, describe, sweep
 
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str]) -> None:
         grace=options.grace or config.evaluation.every or 1,
         cpus=options.cpus_per_trial,
         gpus=gpus,
-        out=Path(options.out),
+        out=Path(options.out) if options.out else sweep_directory("decay"),
     )
     check(plan)
     print(describe(plan) if options.dry_run else sweep(plan, options.hours))

@@ -72,6 +72,7 @@ def main(arguments: Sequence[str]) -> None:
     from eqm_dist.launch.evaluation import Judge, reference_of
     from eqm_dist.pretrained import load, newest_run
     from eqm_dist.sweeps.plan import AXES, Plan
+    from eqm_dist.sweeps.results import sweep_directory
     from eqm_dist.sweeps.spaces import read_space
     from eqm_dist.sweeps.stepsize import check, describe, sweep
 
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str]) -> None:
             batch=options.batch,
             launcher=options.launcher,
             actors=options.actors,
-            out=Path(options.out or f"sweeps/stepsize-{model.name}"),
+            out=Path(options.out) if options.out else sweep_directory(f"stepsize-{model.name}"),
         )
 
     check(plan(options.samples or MOST_SAMPLES))

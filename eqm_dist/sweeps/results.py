@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+from eqm_dist.build import runs_root
 from eqm_dist.data.storage import atomic_write, storage_errors
 from eqm_dist.errors import ConfigError
 from eqm_dist.evaluate.record import append_records
@@ -23,6 +24,12 @@ from eqm_dist.track.jsonl import read_metrics
 SETTINGS_FILE, LEDGER_FILE, CSV_FILE, BEST_FILE = "settings.json", "results.jsonl", "results.csv", "best.yaml"
 
 R = TypeVar("R")
+
+
+def sweep_directory(name: str) -> Path:
+    """Where a sweep lies by default: sweeps/ here; inside a Ray job, whose directory is thrown away, ~/sweeps."""
+    path = runs_root().parent / "sweeps" / name
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 @dataclass(frozen=True)
