@@ -28,7 +28,7 @@ import psutil
 from benchmarks.bench_loader import commit, cpu_name
 from eqm_dist.track.jsonl import read_metrics
 
-STEPS, FIRST = 300, 40
+STEPS, FIRST = 200, 40
 FLAGS = {
     "train.steps": STEPS, "train.log_every": 10, "checkpoint.every": 20, "launch.workers": 1,
     "launch.cpus_per_worker": 1, "track.mlflow": "false", "evaluation.every": 0,

@@ -59,7 +59,7 @@ def test_every_command_of_the_readme_exists() -> None:
     asked_targets = set(re.findall(r"\bmake ([a-z-]+)", code))
     scripts = set(re.findall(r"\b(?:pipelines|tuning)/\w+\.py\b", code))
     commands = [line for line in code.replace("\\\n", " ").splitlines() if "ray " not in line]
-    others = [line for line in commands if re.search(r"pipelines/(?!train\.py)", line)]
+    others = [line for line in commands if re.search(r"pipelines/(?!train\.py)|tuning/", line)]
     flags = {flag for line in commands if line not in others for flag in re.findall(r"--([\w.-]+)", line)}
     assert {"train", "test", "ui"} <= asked_targets <= targets
     assert "pipelines/train.py" in scripts
@@ -67,7 +67,7 @@ def test_every_command_of_the_readme_exists() -> None:
     assert {"dry-run", "train.steps"} <= flags <= keys
     for line in others:
         source = "".join(
-            (ROOT / script).read_text(encoding="utf-8") for script in re.findall(r"pipelines/\w+\.py", line)
+            (ROOT / script).read_text(encoding="utf-8") for script in re.findall(r"(?:pipelines|tuning)/\w+\.py", line)
         )
         assert [
             flag for flag in re.findall(r"--[\w.-]+", line) if f'"{flag}"' not in source and flag[2:] not in keys
