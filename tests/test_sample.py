@@ -64,7 +64,7 @@ def test_the_batch_changes_nothing(run: Path, tmp_path: Path) -> None:
 def test_actors_and_batches_change_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3})  # whatever this machine has
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
     monkeypatch.setenv("RAY_ADDRESS", str(cluster.address))
     try:
         main(["--model", str(run), "--out", str(tmp_path / "alone"), "--samples", "500", *LOCAL])
