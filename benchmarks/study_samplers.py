@@ -46,7 +46,8 @@ from eqm_dist.core.samplers import (
 from eqm_dist.core.sampling import GradientNormStop
 from eqm_dist.evaluate.features import load_digit_classifier
 from eqm_dist.evaluate.figures import nfe_histogram
-from eqm_dist.evaluate.generate import balanced_labels, generate
+from eqm_dist.evaluate.generate import generate
+from eqm_dist.evaluate.labels import balanced_labels
 from eqm_dist.evaluate.metrics import FeatureMoments, feature_moments, frechet_distance
 from eqm_dist.evaluate.train_classifier import digits
 from eqm_dist.models.autoencoder import IdentityAutoencoder

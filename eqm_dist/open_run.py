@@ -37,8 +37,8 @@ from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.extractors import is_file_name, load_extractor
 from eqm_dist.track.mlflow import ID_FILE, MlflowRun, default_uri
 from eqm_dist.track.mlflow import open_run as open_mlflow_run
-from eqm_dist.train.checkpoint import read_marker
-from eqm_dist.train.mirror import Mirror, step_of
+from eqm_dist.train.checkpoint import read_marker, step_of
+from eqm_dist.train.mirror import Mirror
 
 MANIFEST_COPY = "manifest.json"
 

@@ -28,7 +28,7 @@ from eqm_dist.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from eqm_dist.data.storage import local_path
 from eqm_dist.errors import CheckpointError, ConfigError, DataError
 from eqm_dist.evaluate.generate import Generated, generate, warn_of_failures
-from eqm_dist.models.autoencoder import Autoencoder, load_autoencoder, moments_to_latents
+from eqm_dist.models.autoencoder import Autoencoder, load_autoencoder, mean_latents
 from eqm_dist.models.sit import SiT
 from eqm_dist.models.sizes import SIZES
 from eqm_dist.train.checkpoint import EMA_FILE, MARKER, Checkpoints, read_marker, verify_file
@@ -152,9 +152,7 @@ class Pretrained:
 
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, H, W, C] uint8 -> latents [B, C', h, w], the means of the autoencoder's posterior."""
-        moments = self.decoder.encode(images)
-        nothing = torch.zeros_like(moments.chunk(2, dim=1)[0])
-        return moments_to_latents(moments, nothing, self.decoder.latent_scale, self.decoder.latent_shift)
+        return mean_latents(self.decoder.encode(images), self.decoder.latent_scale, self.decoder.latent_shift)
 
     @property
     def name(self) -> str:

@@ -10,7 +10,8 @@ from eqm_dist.core.guidance import blind_to_time
 from eqm_dist.core.ode import Euler
 from eqm_dist.core.samplers import GradientDescent, NesterovGradientDescent
 from eqm_dist.core.sampling import GradientNormStop
-from eqm_dist.evaluate.generate import Generated, balanced_labels, generate
+from eqm_dist.evaluate.generate import Generated, generate
+from eqm_dist.evaluate.labels import balanced_labels
 from eqm_dist.models import SiT
 from eqm_dist.models.autoencoder import IdentityAutoencoder
 

@@ -14,9 +14,10 @@ from eqm_dist.core.sampling import GradientNormStop
 from eqm_dist.data.order import rank_range
 from eqm_dist.data.storage import storage_errors
 from eqm_dist.evaluate.figures import nfe_histogram
-from eqm_dist.evaluate.generate import Generated, balanced_labels, generate, warn_of_failures
+from eqm_dist.evaluate.generate import Generated, generate, warn_of_failures
 from eqm_dist.evaluate.grid import sample_grid
 from eqm_dist.evaluate.images import TrainingImages
+from eqm_dist.evaluate.labels import balanced_labels
 from eqm_dist.evaluate.metrics import FeatureMoments, feature_moments, frechet_distance, half_split_fid
 from eqm_dist.evaluate.references import cached_statistics
 from eqm_dist.evaluate.statistics import FEATURES, ImageStatistics, Rows, compute, image_statistics, parts_of

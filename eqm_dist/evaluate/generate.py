@@ -43,11 +43,6 @@ def warn_of_failures(samples: int, cut_off: int, not_finite: int, evaluations: i
         logger.warning("%d of %d samples are not finite and became blank images", not_finite, samples)
 
 
-def balanced_labels(indices: Tensor, num_classes: int) -> Tensor:
-    """Labels [n] of the sample indices [n]: ``i % num_classes``, so any range of indices is as balanced as can be."""
-    return indices % num_classes
-
-
 @torch.no_grad()
 def generate(
     field: TimedField,

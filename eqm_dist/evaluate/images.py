@@ -26,7 +26,7 @@ from eqm_dist.data.sources.files import find_files
 from eqm_dist.data.sources.folder import SUFFIXES
 from eqm_dist.data.storage import DEADLINE_S, Folder, is_remote, local_path, open_folder, storage_errors
 from eqm_dist.errors import ConfigError, DataError
-from eqm_dist.models.autoencoder import Autoencoder, load_autoencoder, moments_to_latents
+from eqm_dist.models.autoencoder import Autoencoder, load_autoencoder, mean_latents
 
 ADM_IMAGES = "arr_0"
 """The array of images in an ADM .npz."""
@@ -287,10 +287,8 @@ class TrainingImages:
         """See ``Images``."""
         for first in range(start, stop, batch):
             moments, _ = self._reader.read(np.arange(first, min(stop, first + batch)))
-            mean = moments[:, 0].to(self._device)
-            nothing = torch.zeros_like(mean.chunk(2, dim=1)[0])
             scale, shift = self._autoencoder.latent_scale, self._autoencoder.latent_shift
-            yield self._autoencoder.decode(moments_to_latents(mean, nothing, scale, shift))
+            yield self._autoencoder.decode(mean_latents(moments[:, 0].to(self._device), scale, shift))
 
 
 class ShardImages:

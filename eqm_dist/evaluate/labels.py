@@ -9,6 +9,11 @@ from eqm_dist.errors import ConfigError
 BALANCED, RANDOM = "balanced", "random"
 
 
+def balanced_labels(indices: Tensor, num_classes: int) -> Tensor:
+    """Labels [n] of the sample indices [n]: ``i % num_classes``, so any range of indices is as balanced as can be."""
+    return indices % num_classes
+
+
 def labels_of(rule: str, indices: Tensor, num_classes: int, seed: int) -> Tensor:
     """Labels [n] int64 of sample indices [n].
 
@@ -23,7 +28,7 @@ def labels_of(rule: str, indices: Tensor, num_classes: int, seed: int) -> Tensor
         ConfigError: another rule, or a class that there is not.
     """
     if rule == BALANCED:
-        return indices % num_classes
+        return balanced_labels(indices, num_classes)
     if rule == RANDOM:
         draws = rng.uniform(seed, rng.Stream.START_LABEL, indices, (), dtype=torch.float64)
         return (draws * num_classes).long().clamp(max=num_classes - 1)

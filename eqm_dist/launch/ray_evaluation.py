@@ -28,7 +28,7 @@ from eqm_dist.launch.packed import pack, unpack
 from eqm_dist.launch.ray_cluster import Offer
 from eqm_dist.track.jsonl import last_values
 from eqm_dist.track.result import read_result, write_result
-from eqm_dist.train.checkpoint import EMA_FILE
+from eqm_dist.train.checkpoint import EMA_FILE, step_of
 from eqm_dist.train.loop import log_evaluations
 
 TRIES = 3
@@ -58,7 +58,7 @@ def finish_evaluations(opened: OpenRun) -> None:
 
 def _guarded(checkpoint: Checkpoint, **task: Any) -> dict[str, float]:
     """Never raises, and does nothing by which its own process could die."""
-    opened, step = unpack(task["packed"]), int(Path(checkpoint.path).name.removeprefix("step_"))
+    opened, step = unpack(task["packed"]), step_of(Path(checkpoint.path).name)
     try:
         return ray.get(_evaluate.options(**task["resources"], max_retries=TRIES - 1).remote(task["packed"], step))
     except Exception as error:  # whatever it is, the training is worth more

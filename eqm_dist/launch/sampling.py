@@ -21,7 +21,7 @@ from eqm_dist.evaluate.figures import nfe_histogram
 from eqm_dist.evaluate.grid import sample_grid
 from eqm_dist.evaluate.labels import labels_of
 from eqm_dist.logs import Progress
-from eqm_dist.models.autoencoder import moments_to_latents
+from eqm_dist.models.autoencoder import mean_latents
 from eqm_dist.pretrained import Pretrained
 from eqm_dist.provenance import provenance
 
@@ -183,6 +183,4 @@ def real_latents(
         )
     count = min(samples, manifest.num_samples)
     moments, labels = reader.read(np.arange(count) * manifest.num_samples // count)
-    mean = moments[:, 0].float().to(device)
-    nothing = torch.zeros_like(mean.chunk(2, dim=1)[0])
-    return moments_to_latents(mean, nothing, manifest.latent_scale, manifest.latent_shift), labels
+    return mean_latents(moments[:, 0].float().to(device), manifest.latent_scale, manifest.latent_shift), labels

@@ -225,3 +225,8 @@ def moments_to_latents(moments: Tensor, noise: Tensor, scale: float, shift: floa
     """
     mean, log_variance = moments.chunk(2, dim=1)
     return (mean + torch.exp(0.5 * log_variance) * noise - shift) * scale
+
+
+def mean_latents(moments: Tensor, scale: float, shift: float) -> Tensor:
+    """The latents [B, C, h, w] at the means of the posteriors, without a draw; see ``moments_to_latents``."""
+    return moments_to_latents(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]), scale, shift)

@@ -83,7 +83,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of all whole checkpoints, in order."""
-        return [int(path.name.removeprefix("step_")) for path in self.whole()]
+        return [step_of(path.name) for path in self.whole()]
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint."""
@@ -181,6 +181,11 @@ class Checkpoints:
         for old in set(self.directory.glob("step_*")) - kept:
             (old / MARKER).unlink(missing_ok=True)  # first: a half-removed checkpoint is not a checkpoint
             shutil.rmtree(old, ignore_errors=True)
+
+
+def step_of(name: str) -> int:
+    """The step of a checkpoint by its name."""
+    return int(name.removeprefix("step_"))
 
 
 def read_marker(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from eqm_dist.data.storage import Folder, atomic_write, open_folder, storage_errors, whole_file
 from eqm_dist.errors import CheckpointError, StorageError
-from eqm_dist.train.checkpoint import MARKER, Checkpoints, parse_marker
+from eqm_dist.train.checkpoint import MARKER, Checkpoints, parse_marker, step_of
 
 REPORT = re.compile(
     r"config\.yaml|manifest(-\d+)?\.json|metrics\.jsonl|result\.json|samples/[^/]+\.png|evaluations/step_\d+\.json"
@@ -32,11 +32,6 @@ DOWNLOADS = 4
 """Files fetched at once."""
 
 logger = logging.getLogger(__name__)
-
-
-def step_of(name: str) -> int:
-    """The step of a checkpoint by its name."""
-    return int(name.removeprefix("step_"))
 
 
 class Mirror:
