@@ -130,7 +130,7 @@ def build_run(
 
     checkpoints, evaluations = build_checkpoints(opened)
     latest = from_rank_zero(checkpoints.latest())
-    state = TrainState(checkpoints.load(latest, engine, shapes) if latest else 0)
+    state = checkpoints.load(latest, engine, shapes) if latest else TrainState()
     if rank() == 0:
         evaluations.restart(state.step)
 

@@ -27,6 +27,7 @@ from eqm_dist.open_run import open_run
 from eqm_dist.track.jsonl import read_metrics
 from eqm_dist.train.checkpoint import EMA_FILE, MARKER, read_marker
 from eqm_dist.train.loop import Run, train
+from eqm_dist.train.state import TrainState
 from tests import tiny
 from tests.distributed import run_ranks
 
@@ -83,7 +84,7 @@ def test_a_loaded_state_is_the_saved_one_bit_for_bit(shards: Path, tmp_path: Pat
     saved = state(run)
     fresh = start(tiny.config(tmp_path, shards, **{"optimizer.ema_decays": [0.9, 0.99], "run.name": "fresh"}))
     assert any(not torch.equal(value, saved[key]) for key, value in state(fresh).items())
-    assert fresh.checkpoints.load(checkpoint(tmp_path, 6), fresh.engine, fresh.shapes) == 6
+    assert fresh.checkpoints.load(checkpoint(tmp_path, 6), fresh.engine, fresh.shapes) == TrainState(6)
     assert_equal(state(fresh), saved)
     assert {key for key, _ in saved} == {"weight", "exp_avg", "exp_avg_sq", "ema_0.9", "ema_0.99"}
 
@@ -168,6 +169,7 @@ from pathlib import Path
 import torch
 from eqm_dist.build import build_run
 from eqm_dist.open_run import open_run
+from eqm_dist.train.state import TrainState
 from tests import tiny
 
 torch.set_num_threads(1)
@@ -182,7 +184,7 @@ for _ in sys.stdin:
     for step in range(run.state.step + 1, 1_000_000):
         for piece in run.engine.fragments():
             piece.values.fill_(step)
-        run.checkpoints.save(run.engine, step, run.averaged_weights(), "")
+        run.checkpoints.save(run.engine, TrainState(step), run.averaged_weights(), "")
 """
 
 

@@ -15,7 +15,7 @@ import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from eqm_dist.data.storage import atomic_write, fsync_directory, storage_errors
 from eqm_dist.errors import CheckpointError, EqmDistError, StorageError
 from eqm_dist.train.distributed import all_reduce_sum, from_rank_zero, gather_objects, rank, world_size
 from eqm_dist.train.engine import WEIGHT, Engine, Fragment
+from eqm_dist.train.state import TrainState
 
 FORMAT = 1
 MARKER = "COMPLETE.json"
@@ -89,18 +90,19 @@ class Checkpoints:
         """The newest whole checkpoint."""
         return next(reversed(self.whole()), None)
 
-    def save(self, engine: Engine, step: int, ema: Mapping[str, Tensor], config: str) -> Path:
-        """Write the checkpoint after ``step`` updates; a collective.
+    def save(self, engine: Engine, state: TrainState, ema: Mapping[str, Tensor], config: str) -> Path:
+        """Write the checkpoint of a state; a collective.
 
         Args:
             engine: holds the fragments.
-            step: completed updates.
+            state: goes into the marker.
             ema: whole averaged weights under their state-dict names, for other people's tools.
             config: the run's config as YAML, kept beside them.
 
         Raises:
             StorageError: some rank could not write. Older checkpoints are untouched.
         """
+        step = state.step
         target = self.path(step)
         if rank() == 0 and target.exists():  # an earlier attempt that was killed; whole ones are never rewritten
             shutil.rmtree(target)
@@ -125,7 +127,13 @@ class Checkpoints:
         files = self._all_or_none(step, records)
         try:
             if rank() == 0:
-                marker = {"format": FORMAT, "step": step, "world_size": world_size(), "files": files}
+                marker = {
+                    "format": FORMAT,
+                    "step": step,
+                    "state": asdict(state),
+                    "world_size": world_size(),
+                    "files": files,
+                }
                 atomic_write(target / MARKER, json.dumps(marker, indent=1).encode())
         except StorageError as error:
             self._all_or_none(step, error)
@@ -134,8 +142,8 @@ class Checkpoints:
             self.retire()
         return target
 
-    def load(self, path: Path, engine: Engine, shapes: Mapping[str, torch.Size]) -> int:
-        """Overwrite the engine's state with a checkpoint's; returns its step. A collective.
+    def load(self, path: Path, engine: Engine, shapes: Mapping[str, torch.Size]) -> TrainState:
+        """Overwrite the engine's state with a checkpoint's; returns the progress it was saved at. A collective.
 
         Each rank reads only the ranges that it holds. What one of them finds damaged, all of them raise.
 
@@ -154,8 +162,8 @@ class Checkpoints:
         failure = next((other for other in gather_objects(outcome) if isinstance(other, CheckpointError)), None)
         if failure is not None:
             raise failure
-        assert isinstance(outcome, int)
-        engine.restored(outcome)
+        assert isinstance(outcome, TrainState)
+        engine.restored(outcome.step)
         return outcome
 
     def _all_or_none(self, step: int, outcome: dict[str, Any] | EqmDistError) -> dict[str, Any]:
@@ -251,8 +259,8 @@ def verify_file(path: Path, name: str, marker: Mapping[str, Any]) -> None:
         )
 
 
-def _restore(path: Path, engine: Engine, shapes: Mapping[str, torch.Size]) -> int:
-    """Fill this rank's fragments; returns the step."""
+def _restore(path: Path, engine: Engine, shapes: Mapping[str, torch.Size]) -> TrainState:
+    """Fill this rank's fragments."""
     marker = read_marker(path)
     for name in sorted(marker["files"])[rank() :: world_size()]:
         verify_file(path, name, marker)
@@ -277,7 +285,16 @@ def _restore(path: Path, engine: Engine, shapes: Mapping[str, torch.Size]) -> in
         raise CheckpointError(
             f"The checkpoint {path} cannot be read ({error}); delete that directory to resume from the one before."
         ) from error
-    return marker["step"]
+    return _state(marker, path)
+
+
+def _state(marker: Mapping[str, Any], path: Path) -> TrainState:
+    try:
+        return TrainState(**marker.get("state", {"step": marker["step"]}))  # older checkpoints have the step alone
+    except TypeError as error:
+        raise CheckpointError(
+            f"{path / MARKER} holds a state that this release does not know ({error}); use the matching release."
+        ) from error
 
 
 class _Piece(NamedTuple):

@@ -209,7 +209,7 @@ def log_evaluations(evaluations: Evaluations, tracker: Tracker) -> None:
 
 def _save(run: Run, weights: Mapping[str, Tensor]) -> None:
     started = time.perf_counter()
-    path = run.checkpoints.save(run.engine, run.state.step, weights, run.config_yaml)
+    path = run.checkpoints.save(run.engine, run.state, weights, run.config_yaml)
     if run.mirror is not None:
         run.mirror.copy(path)
     run.on_checkpoint(path, run.state.step)
