@@ -1,0 +1,232 @@
+"""Train on the lab, break something, and compare with the run to which nothing happened.
+
+python -m cluster.lab.chaos                      every scenario; about an hour
+python -m cluster.lab.chaos kill_rank cut        some of them
+python -m cluster.lab.chaos --table              the table of docs/chaos.md, from the results so far
+
+A lab that is up is used and left; otherwise one is built, and removed in the end. See docs/chaos.md.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from cluster.lab import faults, lab, layout, network
+from cluster.lab.scenarios import SCENARIOS, Scenario, Trouble
+from cluster.lab.table import render
+from cluster.lab.watched_run import REPOSITORY, Seen, WatchedRun
+from eqm_dist import cli
+from eqm_dist.errors import EqmDistError, LaunchError
+
+RESULTS = REPOSITORY / "benchmarks" / "results" / "chaos.json"
+RATE_MBIT = 20.0
+"""Of the workers' network cables: it sets the pace of the runs, and leaves the processors alone."""
+TOLERANCE = 1e-3
+"""Largest relative difference of a loss where the number of workers changed: the same numbers are then added in another
+order, and training makes a difference of 1e-7 grow."""
+FLAGS: Mapping[str, Any] = {
+    "train.global_batch": 16,
+    "train.log_every": 1,
+    "model.hidden_size": 32,
+    "model.depth": 2,
+    "model.num_heads": 2,
+    "optimizer.schedule": "constant",  # so that a shorter run is the beginning of a longer one
+    "checkpoint.every": 20,
+    "evaluation.every": 0,
+    "launch.cpus_per_worker": 1,
+    "track.mlflow_uri": f"http://{layout.HEAD}:{layout.MLFLOW_PORT}",
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Raises:
+        EqmDistError: one sentence for the user.
+    """
+    parser = cli.command_parser(__doc__, prog="python -m cluster.lab.chaos")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SCENARIOS)} (default: all)")
+    parser.add_argument("--table", action="store_true", help="print the table, run nothing")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE", help="results (default: %(default)s)")
+    parsed = parser.parse_args(arguments)
+    if unknown := [name for name in parsed.names if name not in SCENARIOS]:
+        raise lab.LabError(f"{unknown[0]} is not a scenario; choose from {', '.join(SCENARIOS)}.")
+    if not parsed.table:
+        run_scenarios(parsed.names or list(SCENARIOS), parsed.out)
+    print(render(json.loads(parsed.out.read_bytes())))
+
+
+def run_scenarios(names: Sequence[str], out: Path) -> None:
+    """Run scenarios on a lab and enter each outcome into the results, as soon as it is there.
+
+    Raises:
+        LaunchError: some did not end as they must; the results say how.
+    """
+    found = bool(network.connected())
+    try:
+        if not found:
+            lab.up(SCENARIOS[names[0]].workers)
+        reference = uninterrupted(max(SCENARIOS[name].steps for name in names))
+        failed = []
+        for name in names:
+            print(f"{datetime.now():%H:%M:%S} {name}: {SCENARIOS[name].text}", flush=True)
+            outcome = play(name, SCENARIOS[name], reference)
+            print(f"         {_summary(outcome)}", flush=True)
+            _enter(out, name, outcome)
+            failed += [name] * bool(outcome["problems"])
+    finally:
+        if not found:
+            lab.down()
+    if failed:
+        raise LaunchError(f"{len(failed)} of {len(names)} scenarios did not end as they must: {', '.join(failed)}.")
+
+
+def uninterrupted(steps: int) -> WatchedRun:
+    """The run on two workers to which nothing happens; one that was made on this lab is not made again."""
+    _whole_lab(2, rate_mbit=None)
+    run = WatchedRun(
+        f"uninterrupted-{steps}", {**FLAGS, "train.steps": steps, "launch.workers": 2, "checkpoint.keep": 1000}
+    )
+    run.submit()
+    if run.wait():
+        raise LaunchError(f"The uninterrupted run did not end well; see {run.output}.")
+    run.close()
+    return run
+
+
+def play(name: str, scenario: Scenario, reference: WatchedRun) -> dict[str, Any]:
+    """One scenario on a whole lab; what came of it."""
+    _whole_lab(scenario.workers, RATE_MBIT)
+    run = WatchedRun(f"{name}-{datetime.now():%H%M%S}", {**FLAGS, "train.steps": scenario.steps, **scenario.flags})
+    trouble, submitted, problems = Trouble(run), time.time(), []
+    run.submit()
+    try:
+        scenario.play(trouble)
+        if code := run.wait():
+            problems.append(f"exit code {code}")
+    except EqmDistError as error:
+        problems.append(str(error))
+        run.stop()
+    finally:
+        run.close()
+    difference = _difference(run.losses(), reference.losses(), scenario.steps)
+    allowed = 0.0 if scenario.same_workers else TOLERANCE
+    if difference is None:
+        problems.append("steps are missing from metrics.jsonl")
+    elif difference > allowed:
+        problems.append(f"losses differ by {difference:.1g}, and may by {allowed:.1g}")
+    record = _mlflow(run.name)
+    if record != {"runs": 1, "steps": scenario.steps, "repeats": 0}:
+        problems.append(f"MLflow has {record}")
+    return {
+        "what": scenario.text,
+        "steps": scenario.steps,
+        "flags": dict(scenario.flags),
+        **_times(run.seen, submitted, trouble.began or submitted),
+        "difference": difference,
+        "mlflow": record,
+        "told": run.told(),
+        "problems": problems,
+    }
+
+
+def _whole_lab(workers: int, rate_mbit: float | None) -> None:
+    """Undo what earlier scenarios did: all hosts on and connected, none too many, disks free, S3 well."""
+    faults.mend_s3()
+    faults.free_disk(None)
+    wanted = [layout.HEAD, *(layout.worker(number + 1) for number in range(workers))]
+    for host in network.connected():
+        if host not in wanted:
+            lab.remove_host(host)
+    for host in wanted:
+        if host not in network.connected() or not lab.init_pid(host):
+            faults.start_host(host)
+        network.plug(host)
+        faults.free_disk(host)
+        if host != layout.HEAD:
+            network.shape(host, rate_mbit)
+    lab.wait_until(lambda: lab.ray_hosts() == wanted, "Ray to see all hosts")
+
+
+def _times(seen: Sequence[Seen], submitted: float, began: float) -> dict[str, Any]:
+    """When the next step came, what was done again, and how much of the time went into steps that count."""
+    before = [look for look in seen if look.time <= began]
+    attempt = before[-1].attempt if before else 1
+    of_attempt = {
+        number: [look for look in seen if look.attempt == number] for number in range(1, seen[-1].attempt + 1)
+    }
+    after = next((look.time for look in of_attempt.get(attempt + 1, [])[1:]), None)
+    if after is None:  # no restart: the longest pause between steps
+        pauses = [
+            (later.time - max(began, look.time), later.time) for look, later in pairwise(seen) if later.time > began
+        ]
+        after = max(pauses)[1] if pauses else began
+        began = max(look.time for look in seen if look.time < after)
+    # Where an attempt begins, the file holds the steps up to the checkpoint from which it goes on.
+    lost = [looks[-1].step - later[0].step for looks, later in pairwise(of_attempt.values()) if looks and later]
+    step_s = statistics.median(
+        (later.time - look.time) / (later.step - look.step)
+        for look, later in pairwise(seen)
+        if later.attempt == look.attempt and later.step > look.step
+    )
+    return {
+        "seconds_to_next_step": round(after - began, 1),
+        "restarts": len(of_attempt) - 1,
+        "steps_lost": sum(lost),
+        "wall_s": round(seen[-1].time - submitted, 1),
+        "goodput": round(seen[-1].step * step_s / (seen[-1].time - submitted), 3),
+    }
+
+
+def _difference(losses: Mapping[int, float], reference: Mapping[int, float], steps: int) -> float | None:
+    """Largest relative difference of a loss; None if a step has none."""
+    if list(losses) != list(range(1, steps + 1)):
+        return None
+    return max(abs(losses[step] - reference[step]) / reference[step] for step in losses)
+
+
+def _mlflow(name: str) -> dict[str, int]:
+    """How many runs of the name MLflow has, and how many steps, and steps that are there more than once."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(layout.MLFLOW)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(experiments, f"attributes.run_name = '{name}'")
+    points = [point.step for run in runs for point in client.get_metric_history(run.info.run_id, "train/loss")]
+    return {"runs": len(runs), "steps": len(set(points)), "repeats": len(points) - len(set(points))}
+
+
+def _summary(outcome: Mapping[str, Any]) -> str:
+    found = "; ".join(outcome["problems"]) or "as it must be"
+    return (
+        f"{found} | next step after {outcome['seconds_to_next_step']} s, {outcome['restarts']} restarts,"
+        f" {outcome['steps_lost']} steps again, goodput {outcome['goodput']}, difference {outcome['difference']}"
+    )
+
+
+def _enter(out: Path, name: str, outcome: Mapping[str, Any]) -> None:
+    from eqm_dist.provenance import provenance
+
+    results = json.loads(out.read_bytes()) if out.exists() else {"scenarios": {}}
+    made = provenance()
+    entries = {**results["scenarios"], name: {**outcome, "commit": made["commit"]}}
+    record = {
+        "command": "python -m cluster.lab.chaos",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "hardware": made["hardware"],
+        "versions": made["versions"],
+        "network_mbit": RATE_MBIT,
+        "ray_health_check": layout.RAY_HEALTH_CHECK,
+        "flags": FLAGS,
+        "scenarios": {key: entries[key] for key in SCENARIOS if key in entries},
+    }
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,131 @@
+"""A training run on the lab as its user meets it: submitted, looked at while it goes on, submitted again."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cluster.lab import layout
+from eqm_dist.errors import LaunchError
+from eqm_dist.track.jsonl import read_metrics
+
+REPOSITORY = Path(__file__).parents[2]
+RUNS = layout.SHARED / "runs"
+POLL_S = 0.05
+STEP_DEADLINE_S = 600
+END_DEADLINE_S = 1200
+
+
+class Seen(NamedTuple):
+    """The newest step in metrics.jsonl at some time; an attempt begins when the file is written anew."""
+
+    time: float
+    attempt: int
+    step: int
+
+
+@dataclass
+class WatchedRun:
+    """A run of one name. Its output and the times of its steps are kept.
+
+    Attributes:
+        name: the run's name.
+        flags: of pipelines/train.py, by dotted key.
+        seen: every change of the newest step, in order.
+    """
+
+    name: str
+    flags: Mapping[str, Any]
+    seen: list[Seen] = field(default_factory=list)
+    _jobs: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    _ended: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.directory = RUNS / self.name
+        self.output = layout.LOGS / f"job-{self.name}.log"
+        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+        self._thread.start()
+
+    def submit(self) -> None:
+        """``ray job submit`` of the command; the same every time."""
+        flags = {"run.name": self.name, "run.root": RUNS, **self.flags}
+        words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+        submit = ["ray", "job", "submit", "--submission-id", f"{self.name}-{len(self._jobs)}", "--working-dir", "."]
+        command = [*submit, "--", "python", "pipelines/train.py", *words]
+        environment = _environment()
+        with self.output.open("ab") as output:
+            job = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        self._jobs.append(job)
+
+    def reach(self, step: int) -> None:
+        """Wait until the run has made so many steps.
+
+        Raises:
+            LaunchError: it ended before, or took too long.
+        """
+        end = time.monotonic() + STEP_DEADLINE_S
+        while not self.seen or self.seen[-1].step < step:
+            if self._jobs[-1].poll() is not None or time.monotonic() > end:
+                raise LaunchError(f"The run {self.name} did not come to step {step}; see {self.output}.")
+            time.sleep(POLL_S)
+
+    def wait(self) -> int:
+        """Wait for the end of the job; returns its exit code."""
+        return self._jobs[-1].wait(END_DEADLINE_S)
+
+    def stop(self) -> None:
+        """End the job, whatever it does."""
+        stop = ["ray", "job", "stop", f"{self.name}-{len(self._jobs) - 1}"]
+        subprocess.run(stop, env=_environment(), capture_output=True, timeout=120, check=False)
+        self._jobs[-1].kill()
+        self._jobs[-1].wait()
+
+    def close(self) -> None:
+        """Look no more."""
+        self._ended.set()
+        self._thread.join()
+
+    def losses(self) -> dict[int, float]:
+        """The loss by step, as the record has it now."""
+        return {line["step"]: line["train/loss"] for line in read_metrics(self.directory / "metrics.jsonl")}
+
+    def told(self) -> list[str]:
+        """What the user read that is not the ordinary course of a run."""
+        lines = self.output.read_text(errors="replace").splitlines()
+        ordinary = re.compile(r"\d\d:\d\d:\d\d (step |saved step|copied |run \S+ starts)")
+        ours = re.compile(r"\d\d:\d\d:\d\d |error: |warning: ")
+        return [line for line in lines if ours.match(line) and not ordinary.match(line)]
+
+    def _watch(self) -> None:
+        file, inode, size = self.directory / "metrics.jsonl", 0, -1
+        attempt = 0
+        while not self._ended.wait(POLL_S):
+            with suppress(FileNotFoundError):
+                now = file.stat()
+                if now.st_ino != inode:
+                    attempt += 1
+                elif now.st_size == size:
+                    continue
+                inode, size = now.st_ino, now.st_size
+                step = _last_step(file)
+                if step is not None:
+                    self.seen.append(Seen(time.time(), attempt, step))
+
+
+def _environment() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, **layout.submitter_environment(), "PATH": path}
+
+
+def _last_step(file: Path) -> int | None:
+    with file.open("rb") as opened:
+        opened.seek(max(0, opened.seek(0, os.SEEK_END) - 4096))
+        found = re.findall(rb'^\{"step": (\d+),.*\}$', opened.read(), re.MULTILINE)
+    return int(found[-1]) if found else None
