@@ -5,6 +5,7 @@ order, the defaults below, a preset, a YAML file and the command line (``eqm_dis
 so that ``--help`` answers at once; only ``eqm_dist.build`` and what stands above it read it.
 """
 
+import contextlib
 import difflib
 import typing
 from collections.abc import Collection, Iterator, Mapping
@@ -12,7 +13,16 @@ from typing import Annotated, Any, Literal, Self, TypeVar, cast
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from eqm_dist.errors import ConfigError
 
@@ -300,18 +310,32 @@ class LaunchConfig(Section):
 
     launcher: Literal["ray", "local"] = "ray"
     """Ray Train on a cluster (or on this machine), or this process alone with the torch engine."""
-    workers: PositiveInt | None = None
-    """Number of workers; default: one per GPU, without GPUs one per core, at most 4."""
+    workers: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+    """Number of workers, or [fewest, most] for a run that shrinks and grows with its cluster; default: one per GPU,
+    without GPUs one per core, at most 4."""
     cpus_per_worker: PositiveInt | None = None
-    """CPUs of each worker; default: the machine's, shared evenly."""
+    """CPUs of each worker; default: the cluster's, shared evenly; elastic: a GPU's share of its node, else 1."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Worker failures after which the run gives up; -1 never."""
+    """Failures in a row, with no newer checkpoint in between, that the run recovers from; -1 any number."""
+    resize_check_s: Positive | None = None
+    """Seconds between two looks for room for more workers; default 60; elastic only."""
+
+    @field_validator("workers", mode="wrap")
+    @classmethod
+    def _one_number_or_two(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        with contextlib.suppress(ValidationError):
+            workers: Any = check(value)
+            if not isinstance(workers, tuple) or workers[0] < workers[1]:
+                return workers  # pyright: ignore[reportUnknownVariableType]
+        raise ValueError(f"should be a number of workers, or the fewest and the most as [1,4], got {value!r}")
 
     @model_validator(mode="after")
-    def _local_is_one(self) -> Self:
-        for name in ("workers", "cpus_per_worker"):
+    def _only_what_takes_effect(self) -> Self:
+        for name in ("workers", "cpus_per_worker", "resize_check_s"):
             if self.launcher == "local" and getattr(self, name) is not None:
                 raise ValueError(f"{name} has no effect with launcher=local, which is one process; use launcher=ray")
+        if self.resize_check_s is not None and not isinstance(self.workers, tuple):
+            raise ValueError("resize_check_s has no effect on a fixed number of workers; give workers as [fewest,most]")
         return self
 
 

@@ -77,6 +77,8 @@ def test_launcher_is_short_for_its_key() -> None:
         ("optimizer.ema_decays", "[0.9, 99e-2]", (0.9, 0.99)),
         ("optimizer.gradient_clip", "null", None),
         ("launch.max_failures", "-1", -1),
+        ("launch.workers", "4", 4),
+        ("launch.workers", "[1, 4]", (1, 4)),
     ],
 )
 def test_a_flag_becomes_the_value_of_its_key(key: str, text: str, value: object) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -178,14 +179,21 @@ def test_what_cannot_take_effect_is_refused(overrides: dict[str, object], senten
         ({"CPU": 8.0}, (None, None, 2), (4, 1, False, 2)),
         ({"CPU": 16.0, "GPU": 4.0}, (None, None, 4), (3, 4, True, 4)),
         ({"CPU": 16.0, "GPU": 4.0}, (None, None, 0), (4, 4, True, 0)),
+        # Room for the fewest is enough for an elastic run, whose workers do not share what will not stay as it is.
+        ({"CPU": 2.0}, ((2, 8), None, 0), ((2, 8), 1, False, 0)),
+        (
+            {"CPU": 2.0},
+            ((2, 8), None, 1),
+            r"launch.workers=\[2, 8\] with 1 CPUs each must fit the 1 CPUs",
+        ),
+        ({"CPU": 16.0, "GPU": 1.0}, ((2, 8), None, 0), r"launch.workers=\[2, 8\] must be from 1 to the 1 GPUs"),
         ({"CPU": 2.0}, (2, 1, 1), "must fit the 1 CPUs of the cluster beside the evaluation apart"),
         ({"CPU": 8.0, "GPU": 1.0}, (None, None, 1), "from 1 to the 0 GPUs of the cluster beside the evaluation apart"),
         ({"CPU": 1.0}, (None, None, 1), "must fit the 0 CPUs of the cluster beside the evaluation apart"),
     ],
 )
 def test_the_evaluation_has_its_resources_before_the_workers(
-    monkeypatch: pytest.MonkeyPatch, resources: dict[str, float], asked: tuple[int | None, int | None, int],
-    expected: tuple[int, int, bool, int] | str,
+    monkeypatch: pytest.MonkeyPatch, resources: dict[str, float], asked: Any, expected: Any,
 ) -> None:  # fmt: skip
     import ray
 

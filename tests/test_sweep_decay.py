@@ -159,6 +159,11 @@ def test_exploring_stays_in_the_space() -> None:
         (GRID, {"grace": 3, "reduction": 2}, "--grace 3 must be a multiple of evaluation.every=2"),
         (GRID, {"trials": 3}, "--trials has no effect on --search grid"),
         (GRID, {"launch.workers": 2}, "launch.workers has no effect on trials that are one process"),
+        (
+            GRID,
+            {"launch.launcher": "ray", "launch.workers": "[1,2]"},
+            "launch.workers must be one number in a sweep, got [1, 2]",
+        ),
         (GRID, {"search": "pbt"}, "use optimizer.schedule=constant"),
         (
             {"model.depth": [1, 2]},

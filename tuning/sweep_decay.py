@@ -86,6 +86,8 @@ def main(arguments: Sequence[str]) -> None:
         config = with_overrides(config, {**dict.fromkeys(keys), "launch.launcher": "local"})
     else:
         workers = config.launch.workers or max(1, int(gpus))
+        if isinstance(workers, tuple):
+            raise ConfigError(f"launch.workers must be one number in a sweep, got {list(workers)}; give a number.")
         cpus = config.launch.cpus_per_worker or max(1, options.cpus_per_trial // workers)
         config = with_overrides(config, {"launch.workers": workers, "launch.cpus_per_worker": cpus})
     population = options.search == "pbt"

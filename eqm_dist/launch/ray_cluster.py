@@ -20,10 +20,17 @@ _MOST_CPU_WORKERS = 4  # beyond that, exchanging gradients on a CPU costs more t
 class Offer:
     """What one worker gets, how many there are, and what is left for an evaluation apart."""
 
-    workers: int
+    workers: int | tuple[int, int]
+    """Their number, or the fewest and the most."""
     cpus_per_worker: int
     use_gpu: bool
     evaluation_cpus: int = 0
+
+    @property
+    def sizes(self) -> range:
+        """Every number of workers that the run may come to have."""
+        fewest, most = self.workers if isinstance(self.workers, tuple) else (self.workers, self.workers)
+        return range(fewest, most + 1)
 
 
 @contextmanager
@@ -67,10 +74,15 @@ def _no_cluster(address: str, error: Exception) -> LaunchError:
     )
 
 
-def offer(workers: int | None, cpus_per_worker: int | None, evaluation_cpus: int = 0) -> Offer:
+def offer(workers: int | tuple[int, int] | None, cpus_per_worker: int | None, evaluation_cpus: int = 0) -> Offer:
     """Divide what the cluster has: one worker per GPU; without GPUs one per core, at most four, sharing all cores.
 
-    With ``evaluation_cpus`` so many CPUs, and a GPU if there are any, stay free for an evaluation apart.
+    An elastic run, whose cluster changes, needs room for its fewest workers now. Its workers get one CPU each, or what
+    a GPU's share is on the node where that is smallest. With ``evaluation_cpus`` so many CPUs, and a GPU if there are
+    any, stay free for an evaluation apart.
+
+    Raises:
+        LaunchError: the cluster has no room.
     """
     resources = ray.cluster_resources()
     all_gpus, all_cpus = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 1)))
@@ -79,15 +91,25 @@ def offer(workers: int | None, cpus_per_worker: int | None, evaluation_cpus: int
     besides = f" beside the evaluation apart, which takes {evaluation_cpus} CPUs" if evaluation_cpus else ""
     besides += " and a GPU" if use_gpu and evaluation_cpus else ""
     workers = workers or (gpus if use_gpu else min(cpus, _MOST_CPU_WORKERS))
-    if use_gpu and not 1 <= workers <= gpus:
+    shown, needed = (list(workers), workers[0]) if isinstance(workers, tuple) else (workers, workers)
+    if use_gpu and not 1 <= needed <= gpus:
         raise LaunchError(
-            f"launch.workers={workers} must be from 1 to the {gpus} GPUs of the cluster{besides};"
-            " change it or add nodes."
+            f"launch.workers={shown} must be from 1 to the {gpus} GPUs of the cluster{besides}; change it or add nodes."
         )
-    cpus_per_worker = cpus_per_worker or max(1, cpus // max(1, workers))
-    if not 1 <= workers * cpus_per_worker <= cpus:
+    if cpus_per_worker is None:
+        if isinstance(workers, tuple):
+            cpus_per_worker = _smallest_share() if use_gpu else 1
+        else:
+            cpus_per_worker = max(1, cpus // max(1, workers))
+    if not 1 <= needed * cpus_per_worker <= cpus:
         raise LaunchError(
-            f"launch.workers={workers} with {cpus_per_worker} CPUs each must fit the {cpus} CPUs of the"
+            f"launch.workers={shown} with {cpus_per_worker} CPUs each must fit the {cpus} CPUs of the"
             f" cluster{besides}; lower launch.workers or launch.cpus_per_worker, or add nodes."
         )
     return Offer(workers, cpus_per_worker, use_gpu, evaluation_cpus)
+
+
+def _smallest_share() -> int:
+    """CPUs for each GPU on the node that has the fewest."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    return max(1, min(int(node.get("CPU", 0) // node["GPU"]) for node in nodes))

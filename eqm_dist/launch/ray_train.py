@@ -4,26 +4,31 @@ Ray's run directory is ours. Checkpoints are written there in place and only rep
 """
 
 import logging
-from collections.abc import Mapping
+import os
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray.train
-from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.exceptions import RayActorError
+from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from eqm_dist.build import OpenRun, build_checkpoints, build_run, plan_batch
-from eqm_dist.errors import EqmDistError, LaunchError
+from eqm_dist.errors import EqmDistError
 from eqm_dist.launch.packed import pack, unpack
-from eqm_dist.launch.ray_cluster import offer
+from eqm_dist.launch.ray_cluster import Offer, offer
 from eqm_dist.launch.ray_evaluation import evaluation_apart, finish_evaluations
+from eqm_dist.launch.recovery import Recovery, Setbacks
 from eqm_dist.launch.worker import run_to_end
 from eqm_dist.logs import FileFollower, log_file, setup_logging
 from eqm_dist.train.distributed import from_rank_zero, rank
 from eqm_dist.train.loop import Run
 
+logger = logging.getLogger(__name__)
+
 _COLLECTIVE_TIMEOUT_S = 1800
+_START_TIMEOUT_S = 10
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
@@ -32,12 +37,30 @@ def train(opened: OpenRun) -> None:
 
     Raises:
         EqmDistError: what a worker raised, as it raised it.
-        LaunchError: Ray gave up.
+        LaunchError: the cluster has no room, or the run failed again and again.
     """
     launch = opened.config.launch
     evaluation_cpus = (opened.config.evaluation.cpus or 1) if opened.config.evaluation.apart else 0
     offered = offer(launch.workers, launch.cpus_per_worker, evaluation_cpus)
-    plan_batch(opened.config, offered.workers)
+    for workers in offered.sizes:
+        plan_batch(opened.config, workers)
+    setbacks = Setbacks(build_checkpoints(opened)[0], launch.max_failures)
+    with FileFollower(log_file(opened.directory, 0)):
+        while (failure := _fit(opened, offered, setbacks)) is not None:
+            logger.warning(setbacks.another(failure))
+    if opened.config.evaluation.apart:
+        finish_evaluations(opened)
+
+
+def _fit(opened: OpenRun, offered: Offer, setbacks: Setbacks) -> str | None:
+    """Train with one controller of Ray's; what became of it if it failed, which the workers' failures do not make it.
+
+    Ray 2.60 gives up where a worker dies while the workers are being started.
+    """
+    launch = opened.config.launch
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(_COLLECTIVE_TIMEOUT_S))
+    if isinstance(offered.workers, tuple):  # after the loss of a node Ray tries the old number of workers for so long
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
     trainer = TorchTrainer(
         _worker,
         train_loop_config=pack(opened),
@@ -46,28 +69,27 @@ def train(opened: OpenRun) -> None:
             num_workers=offered.workers,
             use_gpu=offered.use_gpu,
             resources_per_worker={"CPU": offered.cpus_per_worker, "GPU": int(offered.use_gpu)},
+            elastic_resize_monitor_interval_s=launch.resize_check_s or 60,
         ),
         run_config=RunConfig(
             name=opened.config.run.name,
             storage_path=str(opened.directory.parent),
-            failure_config=FailureConfig(max_failures=launch.max_failures),
-            callbacks=[_Failures(log_file(opened.directory, 0))],
+            failure_config=FailureConfig(max_failures=-1),  # Recovery decides
+            callbacks=cast("Any", [Recovery(log_file(opened.directory, 0), setbacks, offered)]),
         ),
         validation_config=evaluation_apart(opened, offered),
     )
     # Ray's list of an earlier job names checkpoints that were removed since, and Ray refuses to start without them.
     # What there is to resume from is decided by the markers alone.
     (opened.directory / _RAY_SNAPSHOT).unlink(missing_ok=True)
-    with FileFollower(log_file(opened.directory, 0)):
-        try:
-            trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise _cause(error) or LaunchError(
-                f"Ray gave up on the run {opened.config.run.name}: {str(error).strip().splitlines()[-1]} The workers'"
-                f" logs are in {opened.directory / 'logs'}; run the same command again to resume."
-            ) from error
-    if opened.config.evaluation.apart:
-        finish_evaluations(opened)
+    try:
+        trainer.fit()
+    except (ray.train.TrainingFailedError, RayActorError) as error:
+        cause = getattr(error, "controller_failure", error)
+        if isinstance(cause, EqmDistError):
+            raise cause from error
+        return f"Ray's controller of the run failed ({str(error).strip().splitlines()[-1]})"
+    return None
 
 
 def _worker(packed: dict[str, Any]) -> None:
@@ -99,36 +121,3 @@ def _report(opened: OpenRun, path: Path, step: int) -> None:
         checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         validation=opened.config.evaluation.apart and evaluations.due(step),
     )
-
-
-class _Failures(UserCallback):
-    """Shows failures in the log; ends the run where trying again cannot help.
-
-    Ray restarts workers after any exception. An exception raised here, in its controller, ends the run instead.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-
-    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-        """Called in Ray's controller when workers have failed."""
-        causes = {at: _unwrap(error) for at, error in sorted(worker_exceptions.items())}
-        for cause in causes.values():
-            if isinstance(cause, EqmDistError):
-                raise cause
-        setup_logging(self._file, console=False)
-        for at, cause in causes.items():
-            reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-            logging.getLogger(__name__).warning(
-                "worker %d failed (%s); restarting from the last checkpoint", at, reason
-            )
-
-
-def _cause(error: Exception) -> EqmDistError | None:
-    """The error with a sentence for the user inside Ray's, if there is one."""
-    inside = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
-    return next((cause for cause in map(_unwrap, inside) if isinstance(cause, EqmDistError)), None)
-
-
-def _unwrap(error: BaseException | None) -> BaseException | None:
-    return getattr(error, "_base_exc", error)

@@ -162,6 +162,7 @@ def _name(trial: Any) -> str:
 def _room(config: Config) -> int:
     """How many Ray Train runs fit the cluster at once: more would only wait."""
     have, launch = ray.cluster_resources(), config.launch
+    assert not isinstance(launch.workers, tuple)  # the command refuses it
     workers, cpus = launch.workers or 1, launch.cpus_per_worker or 1
     return int(min(have.get("CPU", 1) // (workers * cpus), have["GPU"] // workers if have.get("GPU") else 1 << 20))
 
