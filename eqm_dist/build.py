@@ -17,6 +17,7 @@ from torch import nn
 from eqm_dist.config import (
     Config,
     DecayConfig,
+    GuardConfig,
     SamplerConfig,
     require_matching_sampler,
     to_yaml,
@@ -59,6 +60,7 @@ from eqm_dist.train.checkpoint import Checkpoints
 from eqm_dist.train.distributed import all_reduce_sum, from_rank_zero, rank, world_size
 from eqm_dist.train.engine import Engine, TorchEngine
 from eqm_dist.train.evaluations import SCORE, Evaluations
+from eqm_dist.train.guard import Guard
 from eqm_dist.train.loop import Run
 from eqm_dist.train.meters import peak_flops
 from eqm_dist.train.mirror import Mirror
@@ -167,6 +169,7 @@ def build_run(
         grad_accum=grad_accum,
         log_every=config.train.log_every,
         save_every=config.checkpoint.every,
+        guard=_build_guard(config.train.guard),
         flops_per_image=training_flops_per_image(forward_macs(**_shape_arguments(config))),
         peak_flops=peak_flops(device, config.train.precision, world),
         mirror=build_mirror(opened) if rank() == 0 else None,
@@ -431,6 +434,17 @@ def _build_weighting(config: Config, decay: Decay, path: GammaPath) -> Weighting
     if weighting.kind == "min_snr":
         return MinSnrWeighting(decay, weighting.snr_limit or 5.0, path)
     return None
+
+
+def _build_guard(guard: GuardConfig) -> Guard | None:
+    if guard.skip == "none":
+        return None
+    return Guard(
+        spike_factor=(guard.spike_factor or 10.0) if guard.skip == "spikes" else None,
+        spike_window=guard.spike_window or 100,
+        max_skips=guard.max_skips or 10,
+        max_rollbacks=3 if guard.max_rollbacks is None else guard.max_rollbacks,
+    )
 
 
 def _build_engine(

@@ -267,6 +267,31 @@ class OptimizerConfig(Section):
         return self
 
 
+class GuardConfig(Section):
+    """Updates that would do harm: which are skipped, and when the run goes back to a checkpoint."""
+
+    skip: Literal["none", "non_finite", "spikes"] = "non_finite"
+    """Skip updates whose loss or gradient is NaN or infinite; spikes: also those whose gradient is far too large."""
+    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    """How many times the usual norm a gradient may have; default 10; skip=spikes only."""
+    spike_window: PositiveInt | None = None
+    """Updates whose mean norm is the usual one; nothing is a spike before; default 100; skip=spikes only."""
+    max_skips: PositiveInt | None = None
+    """Updates skipped in a row after which the run goes back and passes their batches over; default 10."""
+    max_rollbacks: Count | None = None
+    """Times that it goes back to the same checkpoint before it ends as failed; default 3."""
+
+    @model_validator(mode="after")
+    def _only_what_takes_effect(self) -> Self:
+        for name in ("spike_factor", "spike_window"):
+            if self.skip != "spikes" and getattr(self, name) is not None:
+                raise ValueError(f"{name} has no effect with skip={self.skip}; leave it out or use skip=spikes")
+        for name in ("max_skips", "max_rollbacks"):
+            if self.skip == "none" and getattr(self, name) is not None:
+                raise ValueError(f"{name} has no effect with skip=none; leave it out or use skip=non_finite")
+        return self
+
+
 class TrainConfig(Section):
     """How long and in which batches."""
 
@@ -280,6 +305,8 @@ class TrainConfig(Section):
     """Arithmetic of the forward and backward pass; weights and averages stay fp32."""
     log_every: PositiveInt = 50
     """Steps between two lines of progress."""
+    guard: GuardConfig = GuardConfig()
+    """What happens to updates that would do harm."""
 
     @model_validator(mode="after")
     def _micro_fits(self) -> Self:
@@ -577,8 +604,8 @@ class Config(Section):
 # What may differ when a run is started again: where and how it runs, how it is watched, how long it goes on.
 # Everything else decides the numbers and stays as it was.
 RESUMABLE_KEYS = ("run.root", "data.shards", "data.verify_checksums", "data.workers", "data.cache_dir",
-                  "data.cache_gib", "data.deadline_s", "train.log_every", "train.micro_batch", "train.steps", "engine.",
-                  "launch.", "checkpoint.", "evaluation.", "track.")  # fmt: skip
+                  "data.cache_gib", "data.deadline_s", "train.guard.", "train.log_every", "train.micro_batch",
+                  "train.steps", "engine.", "launch.", "checkpoint.", "evaluation.", "track.")  # fmt: skip
 
 
 def dump(config: Section) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def test_a_loaded_state_is_the_saved_one_bit_for_bit(shards: Path, tmp_path: Pat
     saved = state(run)
     fresh = start(tiny.config(tmp_path, shards, **{"optimizer.ema_decays": [0.9, 0.99], "run.name": "fresh"}))
     assert any(not torch.equal(value, saved[key]) for key, value in state(fresh).items())
-    assert fresh.checkpoints.load(checkpoint(tmp_path, 6), fresh.engine, fresh.shapes) == TrainState(6)
+    assert fresh.checkpoints.load(checkpoint(tmp_path, 6), fresh.engine, fresh.shapes) == run.state
     assert_equal(state(fresh), saved)
     assert {key for key, _ in saved} == {"weight", "exp_avg", "exp_avg_sq", "ema_0.9", "ema_0.99"}
 

@@ -457,7 +457,8 @@ def spiked_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_last_good_checkpoint(
     log_every: int, save_every: int, last_good: int | None, spiked_shards: Path, tmp_path: Path
 ) -> None:
-    settings = {"train.steps": 10, "train.log_every": log_every, "checkpoint.every": save_every, "checkpoint.keep": 99}
+    settings = {"train.steps": 10, "train.log_every": log_every, "checkpoint.every": save_every, "checkpoint.keep": 99,
+                "train.guard.skip": "none"}  # fmt: skip
     config = tiny.config(tmp_path, spiked_shards, **settings)
     for _ in range(2):  # starting again changes nothing: it is the same sample
         run = build_run(open_run(config), CPU)
@@ -479,7 +480,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_last_good_checkpoint(
 @pytest.mark.multiprocess
 @pytest.mark.deepspeed
 def test_deepspeed_stops_at_the_same_step(spiked_shards: Path, tmp_path: Path) -> None:
-    settings = {"launch.launcher": "ray", "train.steps": 10, "train.log_every": 100, "checkpoint.every": 4}
+    settings = {"launch.launcher": "ray", "train.steps": 10, "train.log_every": 100, "checkpoint.every": 4,
+                "train.guard.skip": "none"}  # fmt: skip
     opened = open_run(tiny.config(tmp_path, spiked_shards, **settings))
     for message in run_ranks(1, _message_of_the_end, opened):
         assert (

@@ -22,6 +22,11 @@ class CompositeTracker:
         for tracker in self._trackers:
             tracker.log_image(step, key, path)
 
+    def go_back(self, step: int) -> None:
+        """Tell every tracker."""
+        for tracker in self._trackers:
+            tracker.go_back(step)
+
     def finish(self) -> None:
         """Finish every tracker."""
         for tracker in self._trackers:

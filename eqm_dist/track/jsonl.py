@@ -16,8 +16,12 @@ class JsonlTracker:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self._path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
-        atomic_write(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self.go_back(resume_step)
+
+    def go_back(self, step: int) -> None:
+        """Drop the lines of later steps."""
+        kept = [line for line in read_metrics(self._path) if line["step"] <= step]
+        atomic_write(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line."""

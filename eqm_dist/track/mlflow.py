@@ -255,6 +255,9 @@ class MlflowTracker:
             picture = image.convert("RGB")
         self._jobs.put(lambda client: client.log_image(self._run.run_id, picture, key=key, step=step))
 
+    def go_back(self, step: int) -> None:
+        """Nothing: a store cannot forget. Steps that are done again keep the values they were first given."""
+
     def finish(self) -> None:
         """Send what is queued, waiting at most a minute for a server that is away."""
         self._jobs.put(None)

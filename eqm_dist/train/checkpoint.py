@@ -163,7 +163,7 @@ class Checkpoints:
         if failure is not None:
             raise failure
         assert isinstance(outcome, TrainState)
-        engine.restored(outcome.step)
+        engine.restored(outcome.updates)
         return outcome
 
     def _all_or_none(self, step: int, outcome: dict[str, Any] | EqmDistError) -> dict[str, Any]:
@@ -183,12 +183,22 @@ class Checkpoints:
         """Those of the steps, given in order, whose checkpoints are kept."""
         return {*steps[-self.keep :], *self.also_keep(steps)}
 
+    def forget(self, step: int) -> None:
+        """Remove the checkpoints of later steps, which are done again; the newest first, should that be cut short."""
+        for path in reversed(self.whole()):
+            if step_of(path.name) > step:
+                _remove(path)
+
     def retire(self) -> None:
         """Remove the checkpoints that are not to be kept, and what killed saves and removals left behind."""
         kept = {self.path(step) for step in self.kept(self.steps())}
         for old in set(self.directory.glob("step_*")) - kept:
-            (old / MARKER).unlink(missing_ok=True)  # first: a half-removed checkpoint is not a checkpoint
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    (checkpoint / MARKER).unlink(missing_ok=True)  # first: a half-removed checkpoint is not a checkpoint
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def step_of(name: str) -> int:
@@ -290,7 +300,8 @@ def _restore(path: Path, engine: Engine, shapes: Mapping[str, torch.Size]) -> Tr
 
 def _state(marker: Mapping[str, Any], path: Path) -> TrainState:
     try:
-        return TrainState(**marker.get("state", {"step": marker["step"]}))  # older checkpoints have the step alone
+        # Checkpoints of the first release have the step alone.
+        return TrainState(**marker.get("state", {"step": marker["step"], "updates": marker["step"]}))
     except TypeError as error:
         raise CheckpointError(
             f"{path / MARKER} holds a state that this release does not know ({error}); use the matching release."

@@ -5,7 +5,8 @@ checkpoints, which lose the averages or refuse another number of workers (docs/d
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -102,17 +103,21 @@ class DeepSpeedEngine:
         if not last:
             self._engine.step()  # counts the micro-batch, updates nothing
 
-    def step(self, learning_rate: float) -> Tensor:
+    def step(self, learning_rate: float, accepts: Callable[[float], bool] | None = None) -> Tensor:
         """Update; the gradient norm is global and unclipped, NaN or infinite if the gradient was."""
         for group in self._zero.param_groups:
             group["lr"] = learning_rate
-        if self._stage == 0:
-            norm = nn.utils.clip_grad_norm_(list(self._names), self._clip)
-            self._engine.step()
-        else:
-            self._engine.step()
-            norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
-        return torch.where(norm < 0, torch.nan, norm)  # DeepSpeed's -1 stands for an invalid norm
+        norm = nn.utils.clip_grad_norm_(list(self._names), self._clip) if self._stage == 0 else None
+
+        def found_norm() -> Tensor:
+            return torch.as_tensor(self._zero._global_grad_norm) if norm is None else norm
+
+        # DeepSpeed finds the norm inside its step, and updates flat partitions one by one.
+        judge = cache(lambda: accepts is None or accepts(found_norm().item()))
+        self._base.accepts = judge
+        self._engine.step()
+        judge()  # nobody has asked where the norm is not finite: DeepSpeed skips those updates by itself
+        return found_norm().to(self.device)
 
     def fragments(self) -> list[Fragment]:
         """This rank's piece of every weight, moment and average, as views into DeepSpeed's flat partitions."""
@@ -122,10 +127,10 @@ class DeepSpeedEngine:
             for name, start, values in self._pieces(key)
         ]
 
-    def restored(self, step: int) -> None:
-        """Set the step counts and renew the compute weights from the restored fp32 ones."""
+    def restored(self, updates: int) -> None:
+        """Set the counts of the bias correction and renew the compute weights from the restored fp32 ones."""
         for flat in self._flat_weights():
-            self._base.state[flat]["step"].fill_(step)
+            self._base.state[flat]["step"].fill_(updates)
         if self._stage in (1, 2):
             self._zero.update_lp_params()
         elif self._stage == 3:

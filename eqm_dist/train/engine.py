@@ -4,6 +4,7 @@ An engine owns the model, the gradients and the optimizer. The loop gives it a l
 mean over the global batch, so that an engine only ever sums over ranks (docs/decisions/0003).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -52,16 +53,22 @@ class Engine(Protocol):
         """Add the gradient of this rank's share of the loss; ``last`` marks the last micro-batch of the step."""
         ...
 
-    def step(self, learning_rate: float) -> Tensor:
-        """Update weights and averages; returns the norm of the whole gradient before clipping."""
+    def step(self, learning_rate: float, accepts: Callable[[float], bool] | None = None) -> Tensor:
+        """Update weights and averages; returns the norm of the whole gradient before clipping.
+
+        Args:
+            learning_rate: of this update.
+            accepts: asked once, with that norm, before anything changes; if it says no, nothing does. Asking makes
+                the host wait for the device.
+        """
         ...
 
     def fragments(self) -> list[Fragment]:
         """All that this rank holds of weights and optimizer states."""
         ...
 
-    def restored(self, step: int) -> None:
-        """Called after the fragments were overwritten by a checkpoint of ``step`` updates."""
+    def restored(self, updates: int) -> None:
+        """Called after the fragments were overwritten by a checkpoint of so many updates."""
         ...
 
 
@@ -101,12 +108,13 @@ class TorchEngine:
                     param.grad = torch.zeros_like(param)
                 all_reduce_sum(param.grad)
 
-    def step(self, learning_rate: float) -> Tensor:
+    def step(self, learning_rate: float, accepts: Callable[[float], bool] | None = None) -> Tensor:
         """Clip, update, forget the gradients."""
         norm = nn.utils.clip_grad_norm_(list(self._parameters.values()), self._clip)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        self._optimizer.step()
+        if accepts is None or accepts(norm.item()):
+            self._optimizer.step()
         self._optimizer.zero_grad()
         return norm
 
@@ -119,7 +127,7 @@ class TorchEngine:
             pieces += [Fragment(name, key, 0, states[key].view(-1)) for key in self._optimizer.state_keys]
         return pieces
 
-    def restored(self, step: int) -> None:
-        """Set the step count of the bias correction."""
+    def restored(self, updates: int) -> None:
+        """Set the count of the bias correction."""
         for param in self._parameters.values():
-            self._optimizer.state[param]["step"].fill_(step)
+            self._optimizer.state[param]["step"].fill_(updates)

@@ -65,10 +65,11 @@ class Evaluations:
         return set(sorted(measured, key=lambda step: scores[step])[:number])
 
     def restart(self, step: int) -> None:
-        """Forget what a run that resumes at ``step`` does again: later evaluations, and failed ones."""
+        """Forget what a run that goes on from ``step`` does again: later evaluations, and failed ones."""
         for at, record in self.results().items():
             if at > step or "failed" in record:
                 self._file(at).unlink(missing_ok=True)
+                self._seen.discard(at)
 
     def news(self) -> Iterator[dict[str, Any]]:
         """The records that were not there, or not yet seen, when this was asked before."""

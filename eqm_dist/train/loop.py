@@ -1,11 +1,13 @@
 """The training loop: the page that says what a run does, in the order in which it happens."""
 
 import logging
+import math
 import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -16,15 +18,21 @@ from eqm_dist.data.loader import Batch, Loader
 from eqm_dist.errors import NonFiniteLossError
 from eqm_dist.logs import clock
 from eqm_dist.train.checkpoint import Checkpoints, whole_state
-from eqm_dist.train.distributed import rank
+from eqm_dist.train.distributed import from_rank_zero, rank
 from eqm_dist.train.engine import Engine
 from eqm_dist.train.evaluations import Evaluations
+from eqm_dist.train.guard import Guard
 from eqm_dist.train.meters import Interval, Meters
 from eqm_dist.train.mirror import Mirror
 from eqm_dist.train.schedule import LearningRateSchedule
 from eqm_dist.train.state import TrainState
 
 logger = logging.getLogger(__name__)
+
+_ADVICE = (
+    "Lower optimizer.learning_rate, set optimizer.gradient_clip or model.qk_norm, or use train.precision=fp32, and"
+    " start again."
+)
 
 
 class Tracker(Protocol):
@@ -36,6 +44,10 @@ class Tracker(Protocol):
 
     def log_image(self, step: int, key: str, path: Path) -> None:
         """Record a picture that lies on disk."""
+        ...
+
+    def go_back(self, step: int) -> None:
+        """Later steps are done again."""
         ...
 
     def finish(self) -> None:
@@ -71,6 +83,7 @@ class Run:
         grad_accum: micro-batches per update; the same on every rank.
         evaluations: the results of evaluations, and which steps are due.
         log_every, save_every: steps between.
+        guard: says which updates are skipped; None: none are, and the host never waits for one.
         flops_per_image: training FLOPs of one image, for the utilisation.
         peak_flops: what the device could do at best, over all ranks; None if unknown.
         mirror: where checkpoints are copied in the background; None without one, and except on rank 0.
@@ -93,6 +106,7 @@ class Run:
     evaluations: Evaluations
     log_every: int
     save_every: int
+    guard: Guard | None
     flops_per_image: float
     peak_flops: float | None = None
     mirror: Mirror | None = None
@@ -112,17 +126,31 @@ def train(run: Run) -> None:
     """Run from ``run.state`` to the last step.
 
     Raises:
-        NonFiniteLossError: a loss or gradient was NaN or infinite.
+        NonFiniteLossError: losses or gradients were NaN, infinite or too large, and nothing helped.
         StorageError: a checkpoint could not be written.
         DataError: a shard is damaged.
     """
     meters = Meters(run.engine.device)
+    while run.state.step < run.steps:
+        _advance(run, meters)
+
+
+def _advance(run: Run, meters: Meters) -> None:
+    """Run to the last step, or until the guard has gone back."""
     waited_from = time.perf_counter()
-    for batch in run.loader.batches(run.state.step, run.steps):
+    for batch in run.loader.batches(run.state.batch, run.steps + run.state.passed_over):
         data_wait_s = time.perf_counter() - waited_from
         loss, grad_norm = _update(run, batch)
-        meters.add(run.state.step, loss, grad_norm, data_wait_s)
-        run.state.step += 1
+        if run.state.skipped_in_a_row:
+            _warn_of_skip(run.state, grad_norm)
+            meters.add_skipped(data_wait_s)
+        else:
+            meters.add(run.state.step, loss, grad_norm, data_wait_s)
+        run.state.count_step()
+        if run.guard is not None and run.guard.gives_up(run.state):
+            _go_back(run)
+            meters.restart()
+            return
 
         saves, evaluates = run.due(run.save_every), run.evaluate is not None and run.evaluations.due(run.state.step)
         if saves or evaluates or run.due(run.log_every):
@@ -145,9 +173,52 @@ def _update(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
     micro_batches = batch.to(device).split(run.grad_accum)
     for index, micro_batch in enumerate(micro_batches):
         share = run.engine.losses(micro_batch).sum() / run.global_batch
+        # A loss that overflows may leave its gradient finite on this rank: then all must see that it is not.
+        share = share * torch.where(share.detach().isfinite(), 1.0, torch.nan)
         run.engine.backward(share, last=index == len(micro_batches) - 1)
         total += share.detach()
-    return total, run.engine.step(run.schedule(run.state.step))
+    accepts = None if run.guard is None else partial(run.guard.accepts, run.state)
+    return total, run.engine.step(run.schedule(run.state.step), accepts)
+
+
+def _warn_of_skip(state: TrainState, grad_norm: Tensor) -> None:
+    if rank() == 0:
+        logger.warning(
+            "warning: skipped the update of step %s: its gradient has the norm %.4g, the usual is %.4g",
+            f"{state.step + 1:,}", grad_norm.item(), state.usual_norm,
+        )  # fmt: skip
+
+
+def _go_back(run: Run) -> None:
+    """Return to the last checkpoint before the updates that were skipped; the batches since then are passed over.
+
+    Only checkpoints of the run's own rhythm count: where it goes back to must not hang on a save out of turn.
+    """
+    state, guard = run.state, run.guard
+    assert guard is not None
+    good = state.step - state.skipped_in_a_row
+    steps = [step for step in run.checkpoints.steps() if step <= good and step % run.save_every == 0]
+    step = from_rank_zero(max(steps, default=None))
+    saved = None if step is None else run.checkpoints.load(run.checkpoints.path(step), run.engine, run.shapes)
+    if saved is None or state.rollbacks - saved.rollbacks == guard.max_rollbacks:
+        raise NonFiniteLossError(
+            f"The gradient was NaN, infinite or far too large in {guard.max_skips} updates in a row up to step"
+            f" {state.step:,}, and {_what_helped_not(run, saved)}. " + _ADVICE
+        )
+    if rank() == 0:
+        logger.warning("warning: skipped %d updates in a row; going back to step %s", guard.max_skips, f"{step:,}")
+        run.checkpoints.forget(saved.step)
+        run.evaluations.restart(saved.step)
+    if run.tracker is not None:
+        run.tracker.go_back(saved.step)
+    state.go_back(saved)
+
+
+def _what_helped_not(run: Run, saved: TrainState | None) -> str:
+    if saved is None:
+        return "there is no checkpoint of an earlier step"
+    tries = run.state.rollbacks - saved.rollbacks
+    return f"going back to {run.checkpoints.path(saved.step)} did not help ({tries} times)"
 
 
 def _report(run: Run, interval: Interval) -> None:
@@ -156,14 +227,14 @@ def _report(run: Run, interval: Interval) -> None:
         good = f"the last good checkpoint is {latest}" if latest else "no checkpoint was written yet"
         raise NonFiniteLossError(
             f"The loss or its gradient became NaN or infinite at step {interval.first_bad_step + 1:,}; {good}. "
-            "Lower optimizer.learning_rate, set optimizer.gradient_clip, or use train.precision=fp32, and start again."
+            + _ADVICE
         )
     if run.tracker is None:
         return
     step, images_per_s = run.state.step, run.global_batch / interval.step_s
+    updated = {"train/loss": interval.loss, "train/grad_norm": interval.grad_norm}
     metrics = {
-        "train/loss": interval.loss,
-        "train/grad_norm": interval.grad_norm,
+        **{name: value for name, value in updated.items() if math.isfinite(value)},
         "train/learning_rate": run.schedule(step - 1),
         "train/images_seen": run.state.images_seen(run.global_batch),
         "time/step_s": interval.step_s,
@@ -171,6 +242,8 @@ def _report(run: Run, interval: Interval) -> None:
         "throughput/images_per_s": images_per_s,
         "memory/peak_gib": _peak_gib(run.engine.device),
     }
+    if run.guard is not None:
+        metrics |= {"train/skipped_updates": run.state.skipped, "train/rollbacks": run.state.rollbacks}
     if run.peak_flops is not None:
         metrics["throughput/mfu"] = images_per_s * run.flops_per_image / run.peak_flops
     run.tracker.log(step, metrics)

@@ -1,5 +1,6 @@
 """Sums kept on the device between two lines of progress, so that a step never waits for the host."""
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -34,6 +35,7 @@ class Interval:
     """What happened since the last report, over all ranks."""
 
     loss: float
+    """Mean over the updates that were made; NaN if there were none. Like the gradient's norm."""
     grad_norm: float
     step_s: float
     data_wait_s: float
@@ -53,17 +55,27 @@ class Meters:
         self._grad_norm = torch.zeros((), dtype=torch.float64, device=self._device)
         self._bad_step = torch.full((), _NEVER, dtype=torch.float64, device=self._device)
         self._steps = 0
+        self._updates = 0
         self._data_wait_s = 0.0
         self._started = time.perf_counter()
 
     def add(self, step: int, loss: Tensor, grad_norm: Tensor, data_wait_s: float) -> None:
         """Count step ``step`` with this rank's share of its loss and the norm of the whole gradient."""
+        self.add_skipped(data_wait_s)
+        self._updates += 1
         self._loss += loss.detach()
         self._grad_norm += grad_norm.detach()
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
         self._bad_step = torch.where(finite, self._bad_step, self._bad_step.clamp(max=step))
+
+    def add_skipped(self, data_wait_s: float) -> None:
+        """Count a step without an update."""
         self._steps += 1
         self._data_wait_s += data_wait_s
+
+    def restart(self) -> None:
+        """Forget the interval: its steps are done again."""
+        self._reset()
 
     def restart_clock(self) -> None:
         """Leave out of the step time what came before: an evaluation, a save."""
@@ -72,9 +84,10 @@ class Meters:
     def report(self) -> Interval:
         """Means over the interval; a collective, so every rank calls it at the same steps."""
         bad_step = self._bad_step.item()  # the gradient norm is global, so every rank sees the same first bad step
+        updates = self._updates or math.nan
         interval = Interval(
-            loss=all_reduce_sum(self._loss).item() / self._steps,
-            grad_norm=self._grad_norm.item() / self._steps,
+            loss=all_reduce_sum(self._loss).item() / updates,
+            grad_norm=self._grad_norm.item() / updates,
             step_s=(time.perf_counter() - self._started) / self._steps,
             data_wait_s=self._data_wait_s / self._steps,
             first_bad_step=int(bad_step) if bad_step < _NEVER else None,

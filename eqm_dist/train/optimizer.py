@@ -4,7 +4,7 @@ ZeRO shards, offloads and saves whatever the optimizer keeps per parameter, so t
 over all workers together and need no second copy of the model (docs/decisions/0002).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class EmaAdamW(torch.optim.AdamW):
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         self.ema_decays = tuple(ema_decays)
+        self.accepts: Callable[[], bool] = lambda: True
+        """Asked before every update; where it says no, weights, moments and averages stay as they are."""
 
     @property
     def state_keys(self) -> tuple[str, ...]:
@@ -55,6 +57,8 @@ class EmaAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One update. DeepSpeed calls this once per flat partition, so nothing here may count calls."""
+        if not self.accepts():
+            return
         for group in self.param_groups:
             self.initialize_state(group["params"])
         super().step(closure)
