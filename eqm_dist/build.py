@@ -5,7 +5,7 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,8 +56,8 @@ from eqm_dist.models.sizes import SIZES, forward_macs, parameter_count, training
 from eqm_dist.track.composite import CompositeTracker
 from eqm_dist.track.jsonl import JsonlTracker, read_metrics
 from eqm_dist.track.mlflow import MlflowRun, MlflowTracker
-from eqm_dist.train.checkpoint import Checkpoints
-from eqm_dist.train.distributed import all_reduce_sum, from_rank_zero, rank, world_size
+from eqm_dist.train.checkpoint import Checkpoints, Rule
+from eqm_dist.train.distributed import all_reduce_sum, rank, world_size
 from eqm_dist.train.engine import Engine, TorchEngine
 from eqm_dist.train.evaluations import SCORE, Evaluations
 from eqm_dist.train.guard import Guard
@@ -65,8 +65,8 @@ from eqm_dist.train.loop import Run
 from eqm_dist.train.meters import peak_flops
 from eqm_dist.train.mirror import Mirror
 from eqm_dist.train.optimizer import EmaAdamW, ema_key
+from eqm_dist.train.saving import Saver
 from eqm_dist.train.schedule import LearningRateSchedule
-from eqm_dist.train.state import TrainState
 from eqm_dist.train.step import Objective, TrainingStep
 
 CONFIG_FILE = "config.yaml"
@@ -106,7 +106,7 @@ def build_run(
 
     Raises:
         ConfigError: an option cannot take effect on this device.
-        CheckpointError: the newest checkpoint cannot be read.
+        CheckpointError: the newest undamaged checkpoint is not of this run, or all are damaged.
         DataError: the shards are damaged.
     """
     config, world = opened.config, world_size()
@@ -131,10 +131,11 @@ def build_run(
     engine = _build_engine(config, Objective(model, loss), device, micro_batch, grad_accum)
 
     checkpoints, evaluations = build_checkpoints(opened)
-    latest = from_rank_zero(checkpoints.latest())
-    state = checkpoints.load(latest, engine, shapes) if latest else TrainState()
+    state = checkpoints.resume(engine, shapes)
     if rank() == 0:
         evaluations.restart(state.step)
+    mirror = build_mirror(opened) if rank() == 0 else None
+    ema_state = ema_key(config.optimizer.ema_decays[0])
 
     return Run(
         engine=engine,
@@ -154,6 +155,17 @@ def build_run(
             shape=config.optimizer.schedule,
         ),
         checkpoints=checkpoints,
+        saver=Saver(
+            checkpoints,
+            engine,
+            shapes=shapes,
+            frozen=frozen,
+            ema_state=ema_state,
+            config=to_yaml(config),
+            max_failed=config.checkpoint.max_failed_saves,
+            on_checkpoint=on_checkpoint,
+            **({"on_whole": mirror.copy} if mirror else {}),
+        ),
         evaluate=build_evaluator(config, opened.directory, reader, device)
         # A mixture is not evaluated, and what is evaluated apart not here.
         if config.evaluation.every and isinstance(reader, ShardReader) and not config.evaluation.apart
@@ -162,8 +174,7 @@ def build_run(
         tracker=open_tracker(opened, evaluations, state.step) if rank() == 0 else None,
         shapes=shapes,
         frozen=frozen,
-        ema_state=ema_key(config.optimizer.ema_decays[0]),
-        config_yaml=to_yaml(config),
+        ema_state=ema_state,
         steps=config.train.steps,
         global_batch=config.train.global_batch,
         grad_accum=grad_accum,
@@ -172,8 +183,7 @@ def build_run(
         guard=_build_guard(config.train.guard),
         flops_per_image=training_flops_per_image(forward_macs(**_shape_arguments(config))),
         peak_flops=peak_flops(device, config.train.precision, world),
-        mirror=build_mirror(opened) if rank() == 0 else None,
-        on_checkpoint=on_checkpoint,
+        mirror=mirror,
         state=state,
     )
 
@@ -509,11 +519,14 @@ def build_checkpoints(opened: OpenRun) -> tuple[Checkpoints, Evaluations]:
     config = opened.config
     evaluations = Evaluations(opened.directory / EVALUATIONS, config.evaluation.every, config.train.steps)
 
-    def also_keep(steps: Sequence[int]) -> set[int]:
-        awaited = evaluations.awaited(steps) if config.evaluation.apart else []
-        return {*awaited, *evaluations.best(steps, config.checkpoint.keep_best)}
-
-    return Checkpoints(opened.directory / CHECKPOINTS, config.checkpoint.keep, also_keep), evaluations
+    settings = config.checkpoint
+    rules: dict[str, Rule] = {"best": lambda steps: evaluations.best(steps, settings.keep_best)}
+    if settings.keep_every is not None:
+        multiple = settings.keep_every
+        rules[f"every {multiple}"] = lambda steps: [step for step in steps if step % multiple == 0]
+    if config.evaluation.apart:
+        rules["to be evaluated"] = evaluations.awaited
+    return Checkpoints(opened.directory / CHECKPOINTS, settings.keep, rules), evaluations
 
 
 def build_mirror(opened: OpenRun) -> Mirror | None:

@@ -375,6 +375,10 @@ class CheckpointConfig(Section):
     """Number of newest checkpoints to keep."""
     keep_best: Count = 1
     """Number of checkpoints with the lowest FID to keep besides; those at steps that are not evaluated have none."""
+    keep_every: PositiveInt | None = None
+    """Keep every checkpoint besides whose step is a multiple of this."""
+    max_failed_saves: PositiveInt = 3
+    """Saves in a row that may fail, as on a full disk, before the run ends; the last one must not."""
     mirror: Annotated[str, Field(min_length=1)] | None = None
     """Directory or s3:// prefix for a second copy of the run; a run directory that is lost is fetched from there."""
     mirror_deadline_s: Positive | None = None
@@ -384,6 +388,11 @@ class CheckpointConfig(Section):
     def _only_what_takes_effect(self) -> Self:
         if self.mirror_deadline_s is not None and not (self.mirror or "").startswith("s3://"):
             raise ValueError("mirror_deadline_s has no effect on a mirror that is not on s3://; leave it out")
+        if self.keep_every is not None and self.keep_every % self.every:
+            raise ValueError(
+                f"keep_every={self.keep_every} must be a multiple of every={self.every}, for only such steps are saved;"
+                " change one of them"
+            )
         return self
 
 

@@ -30,6 +30,10 @@ class CheckpointError(UserError):
     """A checkpoint cannot be read, or belongs to another run."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A file of a checkpoint is missing, cannot be read, or is not what was written: an older one may do."""
+
+
 class NonFiniteLossError(EqmDistError):
     """The loss became NaN or infinite; nothing after the last good checkpoint is kept."""
 

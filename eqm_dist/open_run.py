@@ -37,7 +37,7 @@ from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.extractors import is_file_name, load_extractor
 from eqm_dist.track.mlflow import ID_FILE, MlflowRun, default_uri
 from eqm_dist.track.mlflow import open_run as open_mlflow_run
-from eqm_dist.train.checkpoint import read_marker, step_of
+from eqm_dist.train.checkpoint import step_of
 from eqm_dist.train.mirror import Mirror
 
 MANIFEST_COPY = "manifest.json"
@@ -65,7 +65,7 @@ def open_run(config: Config) -> OpenRun:
     copies = {_manifest_copy(number): manifest for number, manifest in enumerate(manifests)}
     opened = OpenRun(config, directory, None)
     latest = build_checkpoints(opened)[0].latest()
-    _check_same_run(config, open_folder(directory), read_marker(latest)["step"] if latest else 0, copies)
+    _check_same_run(config, open_folder(directory), step_of(latest.name) if latest else 0, copies)
     if mirror := build_mirror(opened):
         _restore(opened, mirror, copies)
     with storage_errors("create", directory):

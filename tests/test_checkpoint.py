@@ -69,6 +69,11 @@ def checkpoint(root: Path, step: int) -> Path:
     return root / "tiny" / "checkpoints" / f"step_{step:08d}"
 
 
+def curve(root: Path) -> list[tuple[int, float, float]]:
+    lines = read_metrics(root / "tiny" / "metrics.jsonl")
+    return [(line["step"], line["train/loss"], line["train/grad_norm"]) for line in lines]
+
+
 def assert_equal(found: dict[Any, Tensor], expected: dict[Any, Tensor]) -> None:
     assert found.keys() == expected.keys()
     assert [key for key, value in expected.items() if not torch.equal(found[key], value)] == []
@@ -100,15 +105,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     train(resumed)
     for name in (STATE_FILE, EMA_FILE):
         assert (checkpoint(tmp_path, 6) / name).read_bytes() == (checkpoint(trained, 6) / name).read_bytes()
-    curves = [
-        [
-            (line["step"], line["train/loss"], line["train/grad_norm"])
-            for line in read_metrics(root / "tiny/metrics.jsonl")
-        ]
-        for root in (tmp_path, trained)
-    ]
-    assert [step for step, _, _ in curves[0]] == [1, 2, 3, 4, 5, 6]
-    assert curves[0] == curves[1]
+    assert [step for step, _, _ in curve(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert curve(tmp_path) == curve(trained)
 
 
 def test_the_averages_are_exported_as_a_state_dict(root: Path, shards: Path) -> None:
@@ -184,7 +182,7 @@ for _ in sys.stdin:
     for step in range(run.state.step + 1, 1_000_000):
         for piece in run.engine.fragments():
             piece.values.fill_(step)
-        run.checkpoints.save(run.engine, TrainState(step), run.averaged_weights(), "")
+        run.saver.begin(TrainState(step))
 """
 
 
@@ -227,42 +225,68 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(content)
 
 
+DAMAGES = [
+    (cut, "is damaged: its sha256 is "),
+    (flip_a_bit, "is damaged: its sha256 is "),
+    (Path.unlink, "cannot be read (No such file or directory); "),
+]
+
+
 @pytest.mark.parametrize("file", [STATE_FILE, EMA_FILE, "config.yaml"])
-@pytest.mark.parametrize(
-    ("damage", "sentence"),
-    [
-        (cut, "is damaged: its sha256 is "),
-        (flip_a_bit, "is damaged: its sha256 is "),
-        (Path.unlink, "cannot be read (No such file or directory); "),
-    ],
-)
-def test_a_damaged_file_is_named(
-    file: str, damage: Callable[[Path], None], sentence: str, root: Path, shards: Path
-) -> None:
+@pytest.mark.parametrize(("damage", "sentence"), DAMAGES)
+def test_a_damaged_file_is_named_and_the_run_resumes_from_the_checkpoint_before(
+    file: str, damage: Callable[[Path], None], sentence: str, root: Path, trained: Path, shards: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    shutil.copyfile(trained / "tiny" / "metrics.jsonl", root / "tiny" / "metrics.jsonl")
     damage(checkpoint(root, 6) / file)
-    config = tiny.config(root, shards)
-    with pytest.raises(CheckpointError) as raised:
-        start(config)
-    assert f"{checkpoint(root, 6) / file} {sentence}" in str(raised.value)
-    assert str(raised.value).endswith(f"delete {checkpoint(root, 6)} to resume from the one before.")
-    shutil.rmtree(checkpoint(root, 6))
-    assert start(config).state.step == 4
+    run = start(tiny.config(root, shards))
+    aside = checkpoint(root, 6).with_name("damaged-step_00000006")
+    assert f"warning: {checkpoint(root, 6) / file} {sentence}" in caplog.text
+    assert f"set aside as {aside}, and the run resumes from {checkpoint(root, 4)}" in caplog.text
+    assert run.state.step == 4
+    assert aside.exists()
+    train(run)
+    assert run.checkpoints.steps() == [2, 4, 6]
+    assert aside.exists()  # nothing is deleted that somebody may repair
+    for name in (STATE_FILE, EMA_FILE):
+        assert (checkpoint(root, 6) / name).read_bytes() == (checkpoint(trained, 6) / name).read_bytes()
+    assert curve(root) == curve(trained)  # no step twice, none missing
+
+
+def test_of_several_damaged_checkpoints_all_are_set_aside(root: Path, shards: Path) -> None:
+    flip_a_bit(checkpoint(root, 6) / STATE_FILE)
+    flip_a_bit(checkpoint(root, 4) / EMA_FILE)
+    run = start(tiny.config(root, shards))
+    assert run.state.step == 2
+    flip_a_bit(checkpoint(root, 2) / STATE_FILE)
+    train(run)
+    flip_a_bit(checkpoint(root, 6) / STATE_FILE)
+    assert start(tiny.config(root, shards)).state.step == 4
+    names = [path.name for path in sorted(checkpoint(root, 6).parent.glob("damaged-*"))]
+    assert names == ["damaged-step_00000004", "damaged-step_00000006", "damaged-step_00000006.2"]
+
+
+def test_where_all_are_damaged_nothing_starts_over_in_silence(root: Path, shards: Path) -> None:
+    for step in (2, 4, 6):
+        flip_a_bit(checkpoint(root, step) / STATE_FILE)
+    for _ in range(2):  # nothing is set aside, so it stays an error
+        with pytest.raises(CheckpointError, match=r"must have an undamaged checkpoint .* but all 3 in ") as raised:
+            start(tiny.config(root, shards))
+    assert f"the newest because {checkpoint(root, 6) / STATE_FILE} is damaged" in str(raised.value)
 
 
 @pytest.mark.multiprocess
-def test_damage_that_one_rank_finds_is_raised_by_all(root: Path, shards: Path) -> None:
-    """Of three files each of three ranks checks one; the others must not wait for the one that fails."""
+def test_from_damage_that_one_rank_finds_all_fall_back(root: Path, shards: Path) -> None:
+    """Of three files each of three ranks checks one; the others must not go on without the one that refuses."""
     flip_a_bit(checkpoint(root, 6) / STATE_FILE)
     opened = open_run(tiny.config(root, shards))
-    (sentence, *others) = run_ranks(3, message_of_the_start, opened)
-    assert others == [sentence, sentence]
-    assert sentence.startswith(f"{checkpoint(root, 6) / STATE_FILE} is damaged")
+    assert run_ranks(3, resumed_step, opened) == [4, 4, 4]
+    assert checkpoint(root, 6).with_name("damaged-step_00000006").exists()
 
 
-def message_of_the_start(rank: int, opened: OpenRun) -> str:
-    with pytest.raises(CheckpointError) as raised:
-        build_run(opened, CPU)
-    return str(raised.value)
+def resumed_step(rank: int, opened: OpenRun) -> int:
+    return build_run(opened, CPU).state.step
 
 
 @pytest.mark.parametrize(
@@ -270,18 +294,28 @@ def message_of_the_start(rank: int, opened: OpenRun) -> str:
     [b"", b"\x00\xff", b"[]", b"7", b"{}", b'{"format": 1}', b'{"format": 1, "step": 6}',
      b'{"format": 1, "step": "six", "files": {}}', b'{"format": 1, "step": 6, "files": []}',
      b'{"format": 1, "step": 6, "files": {"x": {}}}', b'{"format": 1, "step": 6, "files": {"x": {"sha256": "?"}}}',
-     b'{"format": 1, "step": 6, "files": {"../x": {"sha256": "00"}}}'],
+     b'{"format": 1, "step": 6, "files": {"../x": {"sha256": "00"}}}',
+     b'{"format": 1, "step": 6, "files": {}, "state": 6}'],
 )  # fmt: skip
-def test_a_marker_of_rubbish_is_named(content: bytes, root: Path, shards: Path) -> None:
+def test_a_marker_of_rubbish_is_named(
+    content: bytes, root: Path, shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (checkpoint(root, 6) / MARKER).write_bytes(content)
-    with pytest.raises(CheckpointError, match=re.escape(f"{checkpoint(root, 6) / MARKER} is damaged (")):
-        start(tiny.config(root, shards))
+    assert start(tiny.config(root, shards)).state.step == 4
+    assert f"{checkpoint(root, 6) / MARKER} is damaged (" in caplog.text
 
 
 def test_a_marker_of_another_format_asks_for_the_release_that_wrote_it(root: Path, shards: Path) -> None:
     marker = checkpoint(root, 6) / MARKER
     marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format": 2}))
     with pytest.raises(CheckpointError, match=r"must have format 1, but .* has 2; use the matching release"):
+        start(tiny.config(root, shards))
+
+
+def test_a_state_of_another_release_asks_for_it(root: Path, shards: Path) -> None:
+    marker = checkpoint(root, 6) / MARKER
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"state": {"step": 6, "stride": 2}}))
+    with pytest.raises(CheckpointError, match=r"does not know \(stride\); use the matching release"):
         start(tiny.config(root, shards))
 
 
@@ -321,12 +355,12 @@ def test_a_part_that_is_missing_is_counted(root: Path, shards: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"no safetensors", safetensors.torch.save({"weight": torch.zeros(1)})])
-def test_states_that_cannot_be_read_are_named(content: bytes, root: Path, shards: Path) -> None:
+def test_states_that_cannot_be_read_are_named(
+    content: bytes, root: Path, shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     replace_states(checkpoint(root, 6), content)
-    with pytest.raises(
-        CheckpointError, match=rf"The checkpoint {re.escape(str(checkpoint(root, 6)))} cannot be read \("
-    ):
-        start(tiny.config(root, shards))
+    assert start(tiny.config(root, shards)).state.step == 4
+    assert f"The checkpoint {checkpoint(root, 6)} cannot be read (" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -369,22 +403,27 @@ def small_disk(tmp_path: Path, trained: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_full_disk_costs_nothing_but_the_failed_save(small_disk: Path, shards: Path, trained: Path) -> None:
+def test_a_full_disk_costs_nothing_but_the_failed_saves(small_disk: Path, shards: Path, trained: Path) -> None:
     flags = tiny.flags(tiny.overrides(small_disk, shards))
     ended = tiny.train(*flags)
     assert ended.code == 1
     good = checkpoint(small_disk, 2)
-    assert re.fullmatch(
-        rf"error: Saving step 4 failed on rank 0: Cannot write {checkpoint(small_disk, 4)}/\S+: No space left on"
-        rf" device; free space or choose another directory\. Nothing was lost: the last good checkpoint is {good}\.\n",
-        ended.err,
-    )
+
+    def sentence(step: int) -> str:
+        return (
+            rf"Saving step {step} failed on rank 0: Cannot write {checkpoint(small_disk, step)}/\S+: No space left on"
+            r" device; free space or choose another directory\. "
+        )
+
+    assert re.search(rf"warning: {sentence(4)}Training goes on, .* failed saves in a row: 1, .* ends at 3", ended.out)
+    assert re.fullmatch(rf"error: {sentence(6)}Nothing was lost: the last good checkpoint is {good}\.\n", ended.err)
     assert list((small_disk / "tiny" / "checkpoints").iterdir()) == [good]
     assert start(tiny.config(small_disk, shards)).state.step == 2
 
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     assert tiny.train(*flags).code == 0
     assert (checkpoint(small_disk, 6) / STATE_FILE).read_bytes() == (checkpoint(trained, 6) / STATE_FILE).read_bytes()
+    assert curve(small_disk) == curve(trained)
 
 
 def test_the_command_names_the_last_good_checkpoint_when_it_cannot_save(root: Path, shards: Path) -> None:

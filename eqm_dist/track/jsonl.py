@@ -1,21 +1,28 @@
 """``metrics.jsonl``: one line per step that was reported, readable without any server."""
 
 import json
+import logging
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from eqm_dist.data.storage import atomic_write, storage_errors
+from eqm_dist.errors import StorageError
+
+logger = logging.getLogger(__name__)
 
 
 class JsonlTracker:
     """Appends ``{"step": ..., name: value, ...}`` lines to a file.
 
-    Opened at a step, it first drops what an earlier attempt wrote after that step: those steps are done again.
+    Opened at a step, it first drops what an earlier attempt wrote after that step: those steps are done again. What a
+    full disk refuses is kept and written with the next line: a save that is about to fail may have filled it.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self._path = path
+        self._unwritten = b""
         self.go_back(resume_step)
 
     def go_back(self, step: int) -> None:
@@ -25,14 +32,34 @@ class JsonlTracker:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line."""
-        with storage_errors("append to", self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._unwritten += json.dumps({"step": step, **metrics}).encode() + b"\n"
+        try:
+            self._append()
+        except StorageError as error:
+            logger.warning("warning: %s The metrics of step %s are kept and written later.", error, f"{step:,}")
 
     def log_image(self, step: int, key: str, path: Path) -> None:
         """Nothing: the picture lies on disk already."""
 
     def finish(self) -> None:
-        """Nothing: every line is written when it is logged."""
+        """Write what could not be written.
+
+        Raises:
+            StorageError: nor can it now.
+        """
+        if self._unwritten:
+            self._append()
+
+    def _append(self) -> None:
+        with storage_errors("append to", self._path), self._path.open("ab", buffering=0) as file:
+            size, rest = os.fstat(file.fileno()).st_size, self._unwritten
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                file.truncate(size)  # never half a line
+                raise
+        self._unwritten = b""
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

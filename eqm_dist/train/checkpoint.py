@@ -12,20 +12,19 @@ holds (docs/decisions/0004).
 
 import hashlib
 import json
+import logging
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from eqm_dist.data.storage import atomic_write, fsync_directory, storage_errors
-from eqm_dist.errors import CheckpointError, EqmDistError, StorageError
+from eqm_dist.errors import CheckpointError, DamagedCheckpointError
 from eqm_dist.train.distributed import all_reduce_sum, from_rank_zero, gather_objects, rank, world_size
 from eqm_dist.train.engine import WEIGHT, Engine, Fragment
 from eqm_dist.train.state import TrainState
@@ -34,6 +33,11 @@ FORMAT = 1
 MARKER = "COMPLETE.json"
 EMA_FILE = "ema.safetensors"
 CONFIG_FILE = "config.yaml"
+
+Rule = Callable[[Sequence[int]], Collection[int]]
+"""Which of the steps, given in order, are to be kept."""
+
+logger = logging.getLogger(__name__)
 
 
 def whole_state(engine: Engine, shapes: Mapping[str, torch.Size], state: str) -> dict[str, Tensor]:
@@ -67,12 +71,12 @@ class Checkpoints:
     Attributes:
         directory: holds one directory per checkpoint.
         keep: number of newest checkpoints to keep.
-        also_keep: which of the steps that have one are kept besides.
+        also_keep: rules by name that say which of the steps that have one are kept besides.
     """
 
     directory: Path
     keep: int
-    also_keep: Callable[[Sequence[int]], Collection[int]] = lambda steps: ()
+    also_keep: Mapping[str, Rule] = field(default_factory=dict)
 
     def path(self, step: int) -> Path:
         """Directory of the checkpoint after ``step`` updates."""
@@ -90,60 +94,36 @@ class Checkpoints:
         """The newest whole checkpoint."""
         return next(reversed(self.whole()), None)
 
-    def save(self, engine: Engine, state: TrainState, ema: Mapping[str, Tensor], config: str) -> Path:
-        """Write the checkpoint of a state; a collective.
+    def resume(self, engine: Engine, shapes: Mapping[str, torch.Size]) -> TrainState:
+        """Load the newest checkpoint that is not damaged, or begin at step 0 if there is none at all. A collective.
 
-        Args:
-            engine: holds the fragments.
-            state: goes into the marker.
-            ema: whole averaged weights under their state-dict names, for other people's tools.
-            config: the run's config as YAML, kept beside them.
+        Damaged ones that are newer are named in the log and set aside, so that their steps can be saved again.
 
         Raises:
-            StorageError: some rank could not write. Older checkpoints are untouched.
+            CheckpointError: all are damaged, or the newest other one is not of this run.
         """
-        step = state.step
-        target = self.path(step)
-        if rank() == 0 and target.exists():  # an earlier attempt that was killed; whole ones are never rewritten
-            shutil.rmtree(target)
-        self._all_or_none(step, {})
-        records: dict[str, Any] = {}
-        try:
-            with storage_errors("create", target):
-                target.mkdir(parents=True, exist_ok=True)
-                fsync_directory(self.directory)  # the marker's sync does not cover the name of its directory
-            if rank() == 0 or not engine.replicated:
-                writers = 1 if engine.replicated else world_size()
-                pieces = {
-                    f"{piece.state}/{piece.name}/{piece.start}": piece.values.detach().cpu().contiguous()
-                    for piece in engine.fragments()
-                }
-                records |= _write(target / f"state-{rank():04d}-of-{writers:04d}.safetensors", _serialize(pieces))
+        found = from_rank_zero(self.whole())
+        damaged: list[tuple[Path, DamagedCheckpointError]] = []
+        for path in reversed(found):
+            try:
+                state = self.load(path, engine, shapes)
+            except DamagedCheckpointError as error:
+                damaged.append((path, error))
+                continue
             if rank() == 0:
-                records |= _write(target / EMA_FILE, _serialize(ema))
-                records |= _write(target / CONFIG_FILE, config.encode())
-        except StorageError as error:
-            self._all_or_none(step, error)
-        files = self._all_or_none(step, records)
-        try:
-            if rank() == 0:
-                marker = {
-                    "format": FORMAT,
-                    "step": step,
-                    "state": asdict(state),
-                    "world_size": world_size(),
-                    "files": files,
-                }
-                atomic_write(target / MARKER, json.dumps(marker, indent=1).encode())
-        except StorageError as error:
-            self._all_or_none(step, error)
-        self._all_or_none(step, {})
-        if rank() == 0:
-            self.retire()
-        return target
+                for newer, error in damaged:
+                    aside = _set_aside(newer)
+                    logger.warning("warning: %s It is set aside as %s, and the run resumes from %s", error, aside, path)
+            return state
+        if damaged:
+            raise CheckpointError(
+                f"A run must have an undamaged checkpoint to resume from, but all {len(found)} in {self.directory} are"
+                f" damaged, the newest because {damaged[0][1]} Restore one, or delete them all to start the run over."
+            )
+        return TrainState()
 
     def load(self, path: Path, engine: Engine, shapes: Mapping[str, torch.Size]) -> TrainState:
-        """Overwrite the engine's state with a checkpoint's; returns the progress it was saved at. A collective.
+        """Overwrite the engine's state with a checkpoint's; returns the run's. A collective.
 
         Each rank reads only the ranges that it holds. What one of them finds damaged, all of them raise.
 
@@ -153,35 +133,24 @@ class Checkpoints:
             shapes: shape of each trained parameter by name, to know a checkpoint of another model.
 
         Raises:
-            CheckpointError: a file is missing, damaged, of another model, or lacks a state that the engine needs.
+            DamagedCheckpointError: a file is missing or damaged; the engine's state is not to be used.
+            CheckpointError: it is of another model, or lacks a state that the engine needs.
         """
         try:
             outcome = _restore(path, engine, shapes)
         except CheckpointError as error:
             outcome = error
-        failure = next((other for other in gather_objects(outcome) if isinstance(other, CheckpointError)), None)
-        if failure is not None:
-            raise failure
+        failures = [other for other in gather_objects(outcome) if isinstance(other, CheckpointError)]
+        if failures:  # damage first: what else is wrong may come of it
+            raise min(failures, key=lambda error: not isinstance(error, DamagedCheckpointError))
         assert isinstance(outcome, TrainState)
         engine.restored(outcome.updates)
         return outcome
 
-    def _all_or_none(self, step: int, outcome: dict[str, Any] | EqmDistError) -> dict[str, Any]:
-        """Every rank's outcome merged, or the first failure raised on every rank: nobody waits for a failed one."""
-        outcomes = gather_objects(outcome)
-        failures = [(at, error) for at, error in enumerate(outcomes) if isinstance(error, EqmDistError)]
-        if failures:
-            if rank() == 0:
-                shutil.rmtree(self.path(step), ignore_errors=True)
-            latest = from_rank_zero(self.latest())
-            good = f"the last good checkpoint is {latest}" if latest else "there is no earlier checkpoint"
-            at, error = failures[0]
-            raise StorageError(f"Saving step {step:,} failed on rank {at}: {error} Nothing was lost: {good}.")
-        return {name: record for part in outcomes for name, record in part.items()}
-
-    def kept(self, steps: Sequence[int]) -> set[int]:
-        """Those of the steps, given in order, whose checkpoints are kept."""
-        return {*steps[-self.keep :], *self.also_keep(steps)}
+    def kept(self, steps: Sequence[int]) -> dict[int, list[str]]:
+        """Those of the steps, given in order, whose checkpoints are kept, and the rules that keep them."""
+        chosen = {"newest": steps[-self.keep :], **{name: rule(steps) for name, rule in self.also_keep.items()}}
+        return {step: names for step in steps if (names := [name for name, those in chosen.items() if step in those])}
 
     def forget(self, step: int) -> None:
         """Remove the checkpoints of later steps, which are done again; the newest first, should that be cut short."""
@@ -219,7 +188,7 @@ def read_marker(path: Path) -> dict[str, Any]:
             f"A checkpoint must have a {MARKER}, but {path} has none; it was not finished, use another."
         ) from None
     except OSError as error:
-        raise CheckpointError(f"{path / MARKER} cannot be read ({error.strerror}); check the disk.") from error
+        raise DamagedCheckpointError(f"{path / MARKER} cannot be read ({error.strerror}); check the disk.") from error
     return parse_marker(content, path)
 
 
@@ -227,7 +196,8 @@ def parse_marker(content: bytes, path: str | Path) -> dict[str, Any]:
     """The marker of the checkpoint ``path`` from the bytes of its file.
 
     Raises:
-        CheckpointError: it is not one of ours.
+        DamagedCheckpointError: it is not one of ours.
+        CheckpointError: it is of another release.
     """
     try:
         marker = json.loads(content)
@@ -241,50 +211,65 @@ def parse_marker(content: bytes, path: str | Path) -> dict[str, Any]:
             bytes.fromhex(record["sha256"])
             if Path(name).name != name:  # one from elsewhere must not lead out of its directory
                 raise ValueError(f"file name {name!r}")
+        # Checkpoints of the first release have the step alone.
+        marker.setdefault("state", {"step": marker["step"], "updates": marker["step"]})
+        if unknown := marker["state"].keys() - {each.name for each in fields(TrainState)}:
+            raise CheckpointError(
+                f"{path}/{MARKER} holds a state that this release does not know ({', '.join(sorted(unknown))}); use the"
+                " matching release."
+            )
         return marker
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}/{MARKER} is damaged ({error!r}); delete that directory to resume from the one before."
-        ) from error
+        raise DamagedCheckpointError(f"{path}/{MARKER} is damaged ({error!r}); use another checkpoint.") from error
 
 
 def verify_file(path: Path, name: str, marker: Mapping[str, Any]) -> None:
     """Compare one file of a checkpoint with its marker.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        DamagedCheckpointError: it is missing or damaged.
     """
     try:
         with (path / name).open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise CheckpointError(
-            f"{path / name} cannot be read ({error.strerror}); delete {path} to resume from the one before."
+        raise DamagedCheckpointError(
+            f"{path / name} cannot be read ({error.strerror}); use another checkpoint."
         ) from error
     expected = marker["files"][name]["sha256"]
     if found != expected:
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{path / name} is damaged: its sha256 is {found[:12]}..., its marker says {expected[:12]}...;"
-            f" delete {path} to resume from the one before."
+            " use another checkpoint."
         )
 
 
+def read_pieces(path: Path, files: Iterable[str]) -> "defaultdict[tuple[str, str], list[Piece]]":
+    """What the state files among these hold, by state and parameter; nothing is read yet.
+
+    Raises:
+        SafetensorError, OSError, ValueError: a file is not one of ours.
+    """
+    pieces: defaultdict[tuple[str, str], list[Piece]] = defaultdict(list)
+    for file in files:
+        if file.startswith("state-"):
+            reader = safe_open(path / file, framework="pt")
+            for key in reader.keys():  # noqa: SIM118 (a safetensors reader is not a mapping)
+                state, parameter, start = key.split("/")
+                pieces[state, parameter].append(Piece(int(start), reader.get_slice(key)))
+    return pieces
+
+
 def _restore(path: Path, engine: Engine, shapes: Mapping[str, torch.Size]) -> TrainState:
-    """Fill this rank's fragments."""
+    """Fill this rank's fragments; returns the state of the run."""
     marker = read_marker(path)
     for name in sorted(marker["files"])[rank() :: world_size()]:
         verify_file(path, name, marker)
-    pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
     try:
-        for file in marker["files"]:
-            if file.startswith("state-"):
-                reader = safe_open(path / file, framework="pt")
-                for key in reader.keys():  # noqa: SIM118 (a safetensors reader is not a mapping)
-                    state, parameter, start = key.split("/")
-                    pieces[state, parameter].append(_Piece(int(start), reader.get_slice(key)))
+        pieces = read_pieces(path, marker["files"])
         _check_model(pieces, shapes, path)
         for fragment in engine.fragments():
-            filled = _fill(fragment, pieces[fragment.state, fragment.name])
+            filled = fill(fragment, pieces[fragment.state, fragment.name])
             if filled != fragment.values.numel():
                 raise CheckpointError(
                     f"A checkpoint must hold every state that the run needs, but {path} has {filled:,} of"
@@ -292,23 +277,20 @@ def _restore(path: Path, engine: Engine, shapes: Mapping[str, torch.Size]) -> Tr
                     " and optimizer settings of the run's start."
                 )
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"The checkpoint {path} cannot be read ({error}); delete that directory to resume from the one before."
-        ) from error
-    return _state(marker, path)
+        raise DamagedCheckpointError(f"The checkpoint {path} cannot be read ({error}); use another one.") from error
+    return TrainState(**marker["state"])
 
 
-def _state(marker: Mapping[str, Any], path: Path) -> TrainState:
-    try:
-        # Checkpoints of the first release have the step alone.
-        return TrainState(**marker.get("state", {"step": marker["step"], "updates": marker["step"]}))
-    except TypeError as error:
-        raise CheckpointError(
-            f"{path / MARKER} holds a state that this release does not know ({error}); use the matching release."
-        ) from error
+def _set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that it no longer counts as one; nothing that may be of use is deleted."""
+    aside, number = path.with_name(f"damaged-{path.name}"), 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"damaged-{path.name}.{number}")
+    return path.rename(aside)
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """A saved range of one state of one parameter."""
 
     start: int
@@ -320,7 +302,7 @@ class _Piece(NamedTuple):
         return self.values.get_shape()[0]
 
 
-def _check_model(pieces: Mapping[tuple[str, str], list[_Piece]], shapes: Mapping[str, torch.Size], path: Path) -> None:
+def _check_model(pieces: Mapping[tuple[str, str], list[Piece]], shapes: Mapping[str, torch.Size], path: Path) -> None:
     """A piece of another model may well fill a range of this one, so whole parameters are compared."""
     saved = {name: sum(piece.numel for piece in parts) for (state, name), parts in pieces.items() if state == WEIGHT}
     expected = {name: shape.numel() for name, shape in shapes.items()}
@@ -332,7 +314,7 @@ def _check_model(pieces: Mapping[tuple[str, str], list[_Piece]], shapes: Mapping
             )
 
 
-def _fill(fragment: Fragment, pieces: list[_Piece]) -> int:
+def fill(fragment: Fragment, pieces: list[Piece]) -> int:
     """Copy what the pieces have of a fragment into it; returns the number of elements."""
     start, stop, filled = fragment.start, fragment.start + fragment.values.numel(), 0
     for piece in pieces:
@@ -342,12 +324,3 @@ def _fill(fragment: Fragment, pieces: list[_Piece]) -> int:
             fragment.values[low - start : high - start] = read.to(fragment.values.device)
             filled += high - low
     return filled
-
-
-def _serialize(tensors: Mapping[str, Tensor]) -> bytes:
-    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
-
-
-def _write(path: Path, content: bytes) -> dict[str, Any]:
-    atomic_write(path, content)
-    return {path.name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}

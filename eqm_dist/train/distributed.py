@@ -23,12 +23,17 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def gather_objects(value: Any) -> list[Any]:
+def background_group() -> Any:
+    """A process group for a thread of its own: the default one belongs to the training threads. A collective."""
+    return dist.new_group(backend="gloo") if world_size() > 1 else None
+
+
+def gather_objects(value: Any, group: Any = None) -> list[Any]:
     """The value of every rank, on every rank, in rank order. Small objects only: they are pickled."""
     if world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 

@@ -5,7 +5,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from eqm_dist.train.evaluations import Evaluations
 from eqm_dist.train.guard import Guard
 from eqm_dist.train.meters import Interval, Meters
 from eqm_dist.train.mirror import Mirror
+from eqm_dist.train.saving import Saver
 from eqm_dist.train.schedule import LearningRateSchedule
 from eqm_dist.train.state import TrainState
 
@@ -72,12 +73,12 @@ class Run:
         loader: this rank's share of every global batch.
         schedule: learning rate by step.
         checkpoints: where state is saved.
+        saver: saves it while training goes on.
         evaluate: measures the averaged weights; None where nobody does, or a task apart.
         tracker: the record; None except on rank 0.
         shapes: shape of each trained parameter.
-        frozen: parameters that are not trained, by name; exported beside the average.
-        ema_state: the average that is evaluated and exported.
-        config_yaml: saved beside every checkpoint.
+        frozen: parameters that are not trained, by name; evaluated beside the average.
+        ema_state: the average that is evaluated.
         steps: number of updates in all.
         global_batch: samples per update over all ranks.
         grad_accum: micro-batches per update; the same on every rank.
@@ -87,19 +88,18 @@ class Run:
         flops_per_image: training FLOPs of one image, for the utilisation.
         peak_flops: what the device could do at best, over all ranks; None if unknown.
         mirror: where checkpoints are copied in the background; None without one, and except on rank 0.
-        on_checkpoint: called on every rank after a checkpoint is whole.
     """
 
     engine: Engine
     loader: Loader
     schedule: LearningRateSchedule
     checkpoints: Checkpoints
+    saver: Saver
     evaluate: Evaluation | None
     tracker: Tracker | None
     shapes: Mapping[str, torch.Size]
     frozen: Mapping[str, Tensor]
     ema_state: str
-    config_yaml: str
     steps: int
     global_batch: int
     grad_accum: int
@@ -110,7 +110,6 @@ class Run:
     flops_per_image: float
     peak_flops: float | None = None
     mirror: Mirror | None = None
-    on_checkpoint: Callable[[Path, int], None] = lambda path, step: None
     state: TrainState = field(default_factory=TrainState)
 
     def due(self, every: int) -> bool:
@@ -127,12 +126,13 @@ def train(run: Run) -> None:
 
     Raises:
         NonFiniteLossError: losses or gradients were NaN, infinite or too large, and nothing helped.
-        StorageError: a checkpoint could not be written.
+        StorageError: the last checkpoint could not be written, or too many in a row.
         DataError: a shard is damaged.
     """
     meters = Meters(run.engine.device)
-    while run.state.step < run.steps:
-        _advance(run, meters)
+    with run.saver:  # however the run ends, what is being saved becomes whole
+        while run.state.step < run.steps:
+            _advance(run, meters)
 
 
 def _advance(run: Run, meters: Meters) -> None:
@@ -154,14 +154,13 @@ def _advance(run: Run, meters: Meters) -> None:
 
         saves, evaluates = run.due(run.save_every), run.evaluate is not None and run.evaluations.due(run.state.step)
         if saves or evaluates or run.due(run.log_every):
-            _report(run, meters.report())
+            _report(run, meters.report(run.saver.done))
         # An evaluation comes before the save of its step: whoever resumes there has its figures already.
+        if evaluates:
+            _evaluate(run)
+        if saves:
+            run.saver.begin(run.state)
         if saves or evaluates:
-            weights = run.averaged_weights()
-            if evaluates:
-                _evaluate(run, weights)
-            if saves:
-                _save(run, weights)
             meters.restart_clock()
         waited_from = time.perf_counter()
 
@@ -196,6 +195,7 @@ def _go_back(run: Run) -> None:
     """
     state, guard = run.state, run.guard
     assert guard is not None
+    run.saver.settle()
     good = state.step - state.skipped_in_a_row
     steps = [step for step in run.checkpoints.steps() if step <= good and step % run.save_every == 0]
     step = from_rank_zero(max(steps, default=None))
@@ -223,12 +223,15 @@ def _what_helped_not(run: Run, saved: TrainState | None) -> str:
 
 def _report(run: Run, interval: Interval) -> None:
     if interval.first_bad_step is not None:
+        run.saver.wait()
         latest = run.checkpoints.latest()
         good = f"the last good checkpoint is {latest}" if latest else "no checkpoint was written yet"
         raise NonFiniteLossError(
             f"The loss or its gradient became NaN or infinite at step {interval.first_bad_step + 1:,}; {good}. "
             + _ADVICE
         )
+    if interval.saved:
+        run.saver.settle()
     if run.tracker is None:
         return
     step, images_per_s = run.state.step, run.global_batch / interval.step_s
@@ -246,6 +249,8 @@ def _report(run: Run, interval: Interval) -> None:
         metrics |= {"train/skipped_updates": run.state.skipped, "train/rollbacks": run.state.rollbacks}
     if run.peak_flops is not None:
         metrics["throughput/mfu"] = images_per_s * run.flops_per_image / run.peak_flops
+    if run.saver.failed:
+        metrics["checkpoint/failed_saves"] = run.saver.failed
     run.tracker.log(step, metrics)
     width = len(f"{run.steps:,}")
     logger.info(
@@ -256,10 +261,10 @@ def _report(run: Run, interval: Interval) -> None:
     log_evaluations(run.evaluations, run.tracker)
 
 
-def _evaluate(run: Run, weights: Mapping[str, Tensor]) -> None:
+def _evaluate(run: Run) -> None:
     assert run.evaluate is not None
     started = time.perf_counter()
-    metrics, pictures = run.evaluate(weights, run.state.step)
+    metrics, pictures = run.evaluate(run.averaged_weights(), run.state.step)
     if run.tracker is not None:
         run.evaluations.write(run.state.step, metrics, pictures, time.perf_counter() - started)
         log_evaluations(run.evaluations, run.tracker)
@@ -278,17 +283,6 @@ def log_evaluations(evaluations: Evaluations, tracker: Tracker) -> None:
             tracker.log_image(step, picture.stem.split("_step")[0], picture)
         figures = " | ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in metrics.items())
         logger.info("evaluated step %s in %.0f s | %s", f"{step:,}", seconds, figures)
-
-
-def _save(run: Run, weights: Mapping[str, Tensor]) -> None:
-    started = time.perf_counter()
-    path = run.checkpoints.save(run.engine, run.state, weights, run.config_yaml)
-    if run.mirror is not None:
-        run.mirror.copy(path)
-    run.on_checkpoint(path, run.state.step)
-    if rank() == 0:
-        seconds = time.perf_counter() - started
-        logger.info("saved step %s in %.1f s | %s/%s", f"{run.state.step:,}", seconds, path.parent.name, path.name)
 
 
 def _peak_gib(device: torch.device) -> float:

@@ -41,6 +41,8 @@ class Interval:
     data_wait_s: float
     first_bad_step: int | None
     """The first step whose loss was NaN or infinite, if any."""
+    saved: bool
+    """Whether every rank has written what it was to write."""
 
 
 class Meters:
@@ -81,16 +83,22 @@ class Meters:
         """Leave out of the step time what came before: an evaluation, a save."""
         self._started = time.perf_counter()
 
-    def report(self) -> Interval:
-        """Means over the interval; a collective, so every rank calls it at the same steps."""
+    def report(self, saved: bool = True) -> Interval:
+        """Means over the interval; a collective, so every rank calls it at the same steps.
+
+        Args:
+            saved: whether this rank has written what it was to write.
+        """
         bad_step = self._bad_step.item()  # the gradient norm is global, so every rank sees the same first bad step
         updates = self._updates or math.nan
+        loss, writing = all_reduce_sum(torch.stack([self._loss, self._loss.new_tensor(not saved)])).tolist()
         interval = Interval(
-            loss=all_reduce_sum(self._loss).item() / updates,
+            loss=loss / updates,
             grad_norm=self._grad_norm.item() / updates,
             step_s=(time.perf_counter() - self._started) / self._steps,
             data_wait_s=self._data_wait_s / self._steps,
             first_bad_step=int(bad_step) if bad_step < _NEVER else None,
+            saved=writing == 0,
         )
         self._reset()
         return interval

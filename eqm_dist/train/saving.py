@@ -1,0 +1,296 @@
+"""Saving while training goes on: the training thread stalls only for the copy of its state to host memory.
+
+    training thread   copy this rank's state | train on ...                                    | settle: tell who waits
+    background                               | write, hash, sync this rank's file | rank 0: average, config, marker
+
+Ranks agree in the background through a process group of its own, for the training threads use the default one at the
+same time (docs/decisions/0012).
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eqm_dist.data.storage import atomic_write, fsync_directory, storage_errors, whole_file
+from eqm_dist.errors import EqmDistError, StorageError
+from eqm_dist.train.checkpoint import CONFIG_FILE, EMA_FILE, FORMAT, MARKER, Checkpoints, fill, read_pieces
+from eqm_dist.train.distributed import background_group, from_rank_zero, gather_objects, rank, world_size
+from eqm_dist.train.engine import Engine, Fragment
+from eqm_dist.train.state import TrainState
+
+CHUNK_BYTES = 4 << 20
+LONG_WAIT_S = 1.0
+"""A save that has to wait longer than this for the one before says so."""
+
+logger = logging.getLogger(__name__)
+
+
+class Saver:
+    """Saves one run, a checkpoint at a time. Every rank has one, made and called at the same steps.
+
+    As a context it waits, however the block ends, until nothing is being written.
+
+    Args:
+        checkpoints: where they go.
+        engine: holds the state.
+        shapes: shape of each trained parameter by name.
+        frozen: parameters that are not trained, by name; exported beside the average.
+        ema_state: the average that is exported whole.
+        config: the run's config as YAML, kept beside every checkpoint.
+        max_failed: saves in a row that may fail before the run ends.
+        on_whole: called on rank 0 in the background with each checkpoint that is whole; must return at once.
+        on_checkpoint: called on every rank, in the training thread, with path and step of a whole checkpoint.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        engine: Engine,
+        *,
+        shapes: Mapping[str, torch.Size],
+        frozen: Mapping[str, Tensor],
+        ema_state: str,
+        config: str,
+        max_failed: int,
+        on_whole: Callable[[Path], None] = lambda path: None,
+        on_checkpoint: Callable[[Path, int], None] = lambda path, step: None,
+    ) -> None:
+        self._checkpoints = checkpoints
+        self._engine = engine
+        self._shapes = shapes
+        self._frozen = frozen
+        self._ema_state = ema_state
+        self._config = config
+        self._max_failed = max_failed
+        self._on_whole = on_whole
+        self._on_checkpoint = on_checkpoint
+        self._group = background_group()
+        self._thread = ThreadPoolExecutor(1, "saver")
+        self._step = 0
+        self._pending: Future[StorageError | None] | None = None
+        self._failed_in_a_row = 0
+        self.failed = 0
+        """Saves that failed since this process began."""
+        self._host: dict[str, Tensor] = {}
+        self._copy()  # the first touch of fresh memory costs more than the copy: it is paid here
+
+    # --- in the training thread ---
+
+    def begin(self, state: TrainState) -> None:
+        """Save the run as it is now; returns once it is copied. A collective.
+
+        Raises:
+            StorageError: the save before this one failed, and so did as many before it as may.
+        """
+        began = time.perf_counter()
+        self.wait()
+        waited_s = time.perf_counter() - began
+        if rank() == 0 and waited_s > LONG_WAIT_S:
+            logger.info("waited %.1f s until step %s was saved, to save step %s; raise checkpoint.every or use a faster"
+                        " disk", waited_s, f"{self._step:,}", f"{state.step:,}")  # fmt: skip
+        self.settle()
+        self._step = state.step
+        self._copy()
+        stalled_s = time.perf_counter() - began
+        self._pending = self._thread.submit(self._save, state.step, asdict(state), stalled_s)
+
+    @property
+    def done(self) -> bool:
+        """Whether this rank has written what it was to write."""
+        return self._pending is None or self._pending.done()
+
+    def wait(self) -> None:
+        """Until this rank is done."""
+        wait([self._pending] if self._pending else [])
+
+    def settle(self) -> None:
+        """Wait for the save in flight, if any; tell ``on_checkpoint`` of it, or count it as failed. A collective.
+
+        Raises:
+            StorageError: it failed, and so did as many before it as may.
+        """
+        if self._pending is None:
+            return
+        failure, self._pending = self._pending.result(), None
+        if failure is None:
+            self._failed_in_a_row = 0
+            self._on_checkpoint(self._checkpoints.path(self._step), self._step)
+            return
+        self.failed += 1
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= self._max_failed:
+            raise self._final(failure)
+        if rank() == 0:
+            logger.warning("warning: %s Training goes on, and the next checkpoint is tried; failed saves in a row: %d,"
+                           " the run ends at %d", failure, self._failed_in_a_row, self._max_failed)  # fmt: skip
+
+    def finish(self) -> None:
+        """Settle what is left. A collective.
+
+        Raises:
+            StorageError: the last save failed.
+        """
+        failure = self._pending.result() if self._pending else None
+        if failure is not None:
+            raise self._final(failure)
+        self.settle()
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self.finish()
+        self.wait()
+
+    def _final(self, failure: StorageError) -> StorageError:
+        latest = from_rank_zero(self._checkpoints.latest())
+        good = f"the last good checkpoint is {latest}" if latest else "there is no earlier checkpoint"
+        return StorageError(f"{failure} Nothing was lost: {good}.")
+
+    def _copy(self) -> None:
+        """Bring what this rank is to write into host memory, the same from save to save."""
+        if self._engine.replicated and rank() > 0:
+            return
+        for piece in self._engine.fragments():
+            key, values = f"{piece.state}/{piece.name}/{piece.start}", piece.values.detach()
+            if key not in self._host:
+                self._host[key] = torch.empty_like(values, device="cpu", pin_memory=values.is_cuda)
+            self._host[key].copy_(values, non_blocking=True)
+        if self._engine.device.type == "cuda":
+            torch.cuda.synchronize(self._engine.device)
+
+    # --- in the background ---
+
+    def _save(self, step: int, state: dict[str, Any], stalled_s: float) -> StorageError | None:
+        """Write a checkpoint from the copy; what went wrong, the same on every rank, or None."""
+        began, path = time.perf_counter(), self._checkpoints.path(step)
+        try:
+            self._together(step, lambda: _clear(path))
+            files = self._together(step, lambda: self._write_own(path))
+            self._together(step, lambda: self._complete(path, state, files))
+        except StorageError as error:
+            if rank() == 0:
+                shutil.rmtree(path, ignore_errors=True)
+            return error
+        if rank() == 0:
+            seconds = time.perf_counter() - began
+            logger.info("saved step %s in %.1f s, of which training waited %.2f s | %s/%s", f"{step:,}",
+                        stalled_s + seconds, stalled_s, path.parent.name, path.name)  # fmt: skip
+            self._tidy(path)
+        return None
+
+    def _together(self, step: int, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Every rank's work, what came of it merged; a failure is raised on every rank, for nobody waits for one."""
+        try:
+            outcome: dict[str, Any] | str = work()
+        except EqmDistError as error:
+            outcome = str(error)
+        except Exception as error:  # whatever it is, the other ranks must not wait for this one
+            logger.warning("warning: saving step %s failed", f"{step:,}", exc_info=True)
+            outcome = f"{type(error).__name__}: {error}."
+        outcomes = gather_objects(outcome, self._group)
+        for at, failure in enumerate(outcomes):
+            if isinstance(failure, str):
+                raise StorageError(f"Saving step {step:,} failed on rank {at}: {failure}")
+        return {name: record for part in outcomes for name, record in part.items()}
+
+    def _write_own(self, path: Path) -> dict[str, Any]:
+        """This rank's file, if it has one; returns its record."""
+        if self._engine.replicated and rank() > 0:
+            return {}
+        with storage_errors("create", path):
+            path.mkdir(parents=True, exist_ok=True)
+        writers = 1 if self._engine.replicated else world_size()
+        shapes = {key: values.shape for key, values in self._host.items()}
+        return write_tensors(path / f"state-{rank():04d}-of-{writers:04d}.safetensors", shapes, self._host.values())
+
+    def _complete(self, path: Path, state: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
+        """What makes the ranks' files a checkpoint: the whole average, the config, and the marker, last."""
+        if rank() > 0:
+            return {}
+        shapes = {**{name: values.shape for name, values in self._frozen.items()}, **self._shapes}
+        average = write_tensors(path / EMA_FILE, shapes, self._average(path, list(files)))
+        content = self._config.encode()
+        atomic_write(path / CONFIG_FILE, content)
+        config = {CONFIG_FILE: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+        marker = {"format": FORMAT, "step": state["step"], "world_size": world_size(), "state": state,
+                  "files": files | average | config}  # fmt: skip
+        atomic_write(path / MARKER, json.dumps(marker, indent=1).encode())
+        return {}
+
+    def _average(self, path: Path, files: Sequence[str]) -> Iterator[Tensor]:
+        """The averaged model, one parameter after the other, from the files of all ranks."""
+        yield from self._frozen.values()
+        with storage_errors("read", path):
+            pieces = read_pieces(path, files)
+            for name, shape in self._shapes.items():
+                whole = Fragment(name, self._ema_state, 0, torch.empty(shape.numel()))
+                filled = fill(whole, pieces[self._ema_state, name])
+                assert filled == shape.numel(), f"{filled} of {shape.numel()} elements of {name}"
+                yield whole.values.view(shape)
+
+    def _tidy(self, path: Path) -> None:
+        """What a new checkpoint brings with it; it is whole, whatever happens here."""
+        try:
+            self._on_whole(path)
+            self._checkpoints.retire()
+        except Exception as error:
+            logger.warning("warning: after %s was saved: %s", path.name, error)
+
+
+def write_tensors(path: Path, shapes: Mapping[str, Sequence[int]], values: Iterable[Tensor]) -> dict[str, Any]:
+    """Write a safetensors file as its tensors come, never all of them as bytes; returns its record for the marker.
+
+    Args:
+        path: the file.
+        shapes: shape of each tensor by name.
+        values: fp32 tensors in host memory of these shapes, in this order.
+
+    Raises:
+        StorageError: it cannot be written; nothing is left behind.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * torch.Size(shape).numel()
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    digest = hashlib.sha256()
+    with whole_file(path) as file:
+        for content in _bytes(len(text).to_bytes(8, "little") + text, values):
+            for at in range(0, len(content), CHUNK_BYTES):
+                chunk = content[at : at + CHUNK_BYTES]
+                digest.update(chunk)
+                file.write(chunk)
+    return {path.name: {"bytes": 8 + len(text) + end, "sha256": digest.hexdigest()}}
+
+
+def _bytes(head: bytes, values: Iterable[Tensor]) -> Iterator[memoryview]:
+    yield memoryview(head)
+    for tensor in values:
+        assert tensor.dtype == torch.float32
+        yield tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _clear(path: Path) -> dict[str, Any]:
+    """Room for a checkpoint: what an attempt that was killed has left goes; whole ones are never rewritten."""
+    if rank() == 0:
+        with storage_errors("create", path):
+            if path.exists():
+                shutil.rmtree(path)
+            path.mkdir(parents=True)
+        fsync_directory(path.parent)  # the marker's sync does not cover the name of its directory
+    return {}
