@@ -79,13 +79,22 @@ def test_a_line_that_a_kill_cut_short_is_not_one(tmp_path: Path) -> None:
         assert [line["train/loss"] for line in read_metrics(file)] == [1.5, 9.0]
 
 
-def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_lines_that_cannot_be_written_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "run" / "metrics.jsonl"
     file.parent.mkdir()
     tracker = JsonlTracker(file, resume_step=0)
-    shutil.rmtree(file.parent)
-    with pytest.raises(StorageError, match=re.escape(f"Cannot append to {file}: No such file or directory")):
-        tracker.log(1, {})
+    tracker.log(1, {"train/loss": 1.0})
+    file.parent.rename(tmp_path / "away")
+    for step in (2, 3):
+        tracker.log(step, {"train/loss": 1.0 / step})
+    sentence = f"Cannot append to {file}: No such file or directory"
+    assert caplog.text.count(f"warning: {sentence}") == 2
+    with pytest.raises(StorageError, match=re.escape(sentence)):
+        tracker.finish()
+    (tmp_path / "away").rename(file.parent)
+    tracker.log(4, {"train/loss": 0.25})
+    tracker.finish()
+    assert list(read_metrics(file)) == [{"step": step, "train/loss": 1.0 / step} for step in (1, 2, 3, 4)]
 
 
 # --- MLflow in a SQLite store ---
