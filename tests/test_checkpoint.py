@@ -27,7 +27,6 @@ from eqm_dist.open_run import open_run
 from eqm_dist.track.jsonl import read_metrics
 from eqm_dist.train.checkpoint import EMA_FILE, MARKER, read_marker
 from eqm_dist.train.loop import Run, train
-from eqm_dist.train.state import TrainState
 from tests import tiny
 from tests.distributed import run_ranks
 

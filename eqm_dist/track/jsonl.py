@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,18 @@ class JsonlTracker:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self._path = path
-        self._unwritten = b""
+        self._unwritten: list[dict[str, Any]] = []
         self.go_back(resume_step)
 
     def go_back(self, step: int) -> None:
         """Drop the lines of later steps."""
         kept = [line for line in read_metrics(self._path) if line["step"] <= step]
-        atomic_write(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._unwritten = [line for line in self._unwritten if line["step"] <= step]
+        atomic_write(self._path, _text(kept))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line."""
-        self._unwritten += json.dumps({"step": step, **metrics}).encode() + b"\n"
+        self._unwritten.append({"step": step, **metrics})
         try:
             self._append()
         except StorageError as error:
@@ -52,14 +53,18 @@ class JsonlTracker:
 
     def _append(self) -> None:
         with storage_errors("append to", self._path), self._path.open("ab", buffering=0) as file:
-            size, rest = os.fstat(file.fileno()).st_size, self._unwritten
+            size, rest = os.fstat(file.fileno()).st_size, _text(self._unwritten)
             try:
                 while rest:
                     rest = rest[file.write(rest) :]
             except OSError:
                 file.truncate(size)  # never half a line
                 raise
-        self._unwritten = b""
+        self._unwritten = []
+
+
+def _text(lines: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
