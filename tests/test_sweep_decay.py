@@ -27,13 +27,17 @@ from tuning.sweep_decay import main
 SCRIPT = Path(__file__).parent.parent / "tuning" / "sweep_decay.py"
 RATE, SCALE, FAMILY = "optimizer.learning_rate", "objective.decay.gradient_scale", "objective.decay.family"
 EXTRACTOR = """
+import os
 import pathlib
+import signal
 import torch
 
 class Pixels(torch.nn.Module):
     id = "pixels of a sweep"
     num_features = 4
     def forward(self, images):
+        if pathlib.Path(__file__).with_name("deadly").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
         pathlib.Path(__file__).with_name("threads").write_text(str(torch.get_num_threads()))
         return images.flatten(1)[:, :4].double() / 255
 """
@@ -224,6 +228,20 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
     assert sorted(fids) == sorted(child.info.run_name or "" for child in children)
     assert [child.data.metrics["eval/fid"] for child in children] == sorted(fids.values())
     assert {child.info.status for child in children} == {"FINISHED"}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_trial_that_died_with_its_process_is_tried_again_by_the_same_command(tmp_path: Path) -> None:
+    arguments = flags(tmp_path, {RATE: [0.01]}, seeds=1)
+    (tmp_path / "deadly").touch()
+    out = run(tmp_path, arguments)
+    assert "The same command tries the lost ones again." in out
+    assert [line["how"] for line in results(tmp_path)] == ["lost"]
+    (tmp_path / "deadly").unlink()
+    out = run(tmp_path, arguments)
+    assert "lost" not in out
+    assert [line["how"] for line in results(tmp_path)] == ["lost", "complete"]
 
 
 @pytest.mark.ray

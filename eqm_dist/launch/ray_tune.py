@@ -62,7 +62,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a trial ended: ``complete``, ``stopped`` for its FID, or ``failed`` for a reason."""
+    """How a trial ended: ``complete``, ``stopped`` for its FID, ``failed`` as it would again, ``lost`` as it died."""
 
     trial: Trial
     how: str
@@ -256,4 +256,4 @@ class _Watch(Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         lines = str(trial.get_error() or "its process died").strip().splitlines()
         log = log_file(self._trials[_name(trial)].directory, 0)
-        self._on_end(Ending(self._trials[_name(trial)], "failed", f"{lines[-1]} (log: {log})"))
+        self._on_end(Ending(self._trials[_name(trial)], "lost", f"{lines[-1]} (log: {log})"))

@@ -95,7 +95,7 @@ class Trained:
         name: of the run.
         overrides: its point.
         seed: its seed.
-        how: ``complete``, ``stopped`` or ``failed``.
+        how: ``complete``, ``stopped``, ``failed``, or ``lost`` with its process or machine.
         step: last step that was evaluated.
         fid: there; None where there is none.
         seconds: of its last attempt.
@@ -251,6 +251,8 @@ class _Sweep:
     def points(self) -> bool:
         """All points with all their seeds; False where the time was up before."""
         plan, seed = self._plan, self._plan.config.run.seed
+        # Another attempt may have better luck; a population has gone on without them.
+        self._ledger.results[:] = [trained for trained in self._ledger.results if trained.how != "lost"]
         known = {trained.name: trained for trained in self._ledger.results}
         trials: dict[str, Trial] = {}
         points: dict[str, Overrides] = {}
@@ -330,7 +332,7 @@ class _Sweep:
                     seed=trial.config.run.seed,
                     how=ending.how,
                     step=step,
-                    fid=None if ending.how == "failed" else fid,
+                    fid=None if ending.reason else fid,
                     seconds=seconds,
                     failure=ending.reason,
                 )
@@ -373,16 +375,16 @@ class _Live:
             "%s (%s, seed %d) | step %s | FID %.3f, best %.3f | %d running, %d complete, %d stopped, %d failed of %d"
             " | at most %s left",
             trial.name, shown(self._points[trial.name], self._keys), trial.config.run.seed, f"{step:,}", fid,
-            self._best, len(self._done.keys() - self._over.keys()), how["complete"], how["stopped"], how["failed"],
-            len(self._steps), left,
+            self._best, len(self._done.keys() - self._over.keys()), how["complete"], how["stopped"],
+            how["failed"] + how["lost"], len(self._steps), left,
         )  # fmt: skip
 
     def end(self, ending: Ending) -> None:
         """A trial is over."""
         name = ending.trial.name
         self._over[name], self._done[name] = ending.how, self._steps[name]
-        if ending.how == "failed":
-            logger.warning("%s (%s) failed: %s", name, shown(self._points[name], self._keys), ending.reason)
+        if ending.reason:
+            logger.warning("%s (%s) %s: %s", name, shown(self._points[name], self._keys), ending.how, ending.reason)
 
 
 def summaries(results: Sequence[Trained]) -> list[Summary]:
@@ -518,7 +520,9 @@ def _report(plan: Plan, order: Sequence[Summary], results: Sequence[Trained], co
         for rank, row in enumerate(order[:20], start=1)
     ]  # fmt: skip
     lines = ["", title, "", *(aligned([header, *body]) if body else ())]
-    lines += [f"failed: {one.name} ({shown(one.overrides, keys)}): {one.failure}" for one in results if one.failure]
+    lines += [f"{one.how}: {one.name} ({shown(one.overrides, keys)}): {one.failure}" for one in results if one.failure]
+    if plan.search != "pbt" and any(one.how == "lost" for one in results):
+        lines.append("The same command tries the lost ones again.")
     if body:
         lines += ["", f"  train it  python pipelines/train.py --config {plan.out / BEST_FILE} --run.name best"]
     return "\n".join(lines)
