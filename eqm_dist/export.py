@@ -22,6 +22,7 @@ from eqm_dist.errors import ConfigError
 from eqm_dist.pretrained import DESCRIPTION_FILE, WEIGHTS_FILE, Pretrained
 from eqm_dist.provenance import provenance
 from eqm_dist.track.jsonl import read_metrics
+from eqm_dist.train.engine import WEIGHT
 
 CARD_FILE = "README.md"
 PICTURE_FILE = "samples.png"
@@ -83,6 +84,8 @@ def model_card(model: Pretrained, license: str | None = None, picture: bool = Fa
     if model.step is not None:
         training = model.config.train
         facts["training"] = f"{model.step:,} steps of {training.global_batch:,} images, seed {model.config.run.seed}"
+    if model.state is not None:
+        facts["weights"] = "not averaged" if model.state == WEIGHT else f"average, decay {model.state[4:]}"
     facts |= _data(model)
     facts["latents"] = f"{list(model.config.data.latent_shape)} of {model.autoencoder or 'an unnamed autoencoder'}"
     facts["classes"] = f"{model.config.data.num_classes:,}"

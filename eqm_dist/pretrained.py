@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -31,7 +31,9 @@ from eqm_dist.evaluate.generate import Generated, generate, warn_of_failures
 from eqm_dist.models.autoencoder import Autoencoder, load_autoencoder, mean_latents
 from eqm_dist.models.sit import SiT
 from eqm_dist.models.sizes import SIZES
-from eqm_dist.train.checkpoint import EMA_FILE, MARKER, Checkpoints, read_marker, verify_file
+from eqm_dist.train.checkpoint import MARKER, Checkpoints, read_marker, read_whole, verify_file
+from eqm_dist.train.engine import WEIGHT
+from eqm_dist.train.optimizer import ema_key
 
 WEIGHTS_FILE = "model.safetensors"
 DESCRIPTION_FILE = "model.json"
@@ -50,6 +52,7 @@ class Pretrained:
         autoencoder_location: where that is; None for the identity.
         class_names: one for each class, or none.
         run: directory of the run it came from, or None.
+        state: ``ema_DECAY`` or ``weight``; None if unknown.
     """
 
     config: Config
@@ -60,6 +63,7 @@ class Pretrained:
     autoencoder_location: str | None = None
     class_names: tuple[str, ...] = ()
     run: Path | None = None
+    state: str | None = None
 
     def sample(
         self,
@@ -204,7 +208,11 @@ class Pretrained:
 
 
 def load(
-    location: str | Path, *, autoencoder: str | None = None, overrides: Mapping[str, Any] | None = None
+    location: str | Path,
+    *,
+    autoencoder: str | None = None,
+    average: float | Literal["none"] | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> Pretrained:
     """Load averaged weights.
 
@@ -214,6 +222,8 @@ def load(
             ``.safetensors``. Of a file, sizes are read off the weights; nothing in it is executed.
         autoencoder: what decodes the latents, where the files do not say, or another place for it: ``identity``, a
             folder that diffusers wrote, or a hub id.
+        average: of a run or checkpoint, another of ``optimizer.ema_decays`` than the first, or "none" for the weights
+            as they are.
         overrides: config keys to change, such as ``{"objective.kind": "flow_matching"}`` for a SiT file.
 
     Raises:
@@ -221,14 +231,16 @@ def load(
         ConfigError: an override that cannot be.
     """
     path, overrides = local_path(location), dict(overrides or {})
+    if average is not None and (path.is_file() or (path / WEIGHTS_FILE).exists()):
+        raise ConfigError(f"Only runs and checkpoints hold several averages, and {path} is neither; leave out average.")
     if path.is_file():
         loaded = _file(path, overrides)
     elif (path / WEIGHTS_FILE).exists():
         loaded = _export(path, overrides)
     elif (path / MARKER).exists():
-        loaded = _checkpoint(path, overrides)
+        loaded = _checkpoint(path, average, overrides)
     elif latest := Checkpoints(path / CHECKPOINTS, keep=1).latest():
-        loaded = _checkpoint(latest, overrides)
+        loaded = _checkpoint(latest, average, overrides)
     else:
         raise CheckpointError(
             "A model must be a run directory with a whole checkpoint, a checkpoint, a directory of pipelines/export.py"
@@ -254,17 +266,19 @@ def newest_run(root: Path | None = None) -> Path:
     return max(markers, key=lambda marker: marker.stat().st_mtime).parents[2]
 
 
-def _checkpoint(path: Path, overrides: Mapping[str, Any]) -> Pretrained:
+def _checkpoint(path: Path, average: float | Literal["none"] | None, overrides: Mapping[str, Any]) -> Pretrained:
     marker = read_marker(path)
-    for name in (EMA_FILE, CONFIG_FILE):
-        verify_file(path, name, marker)
+    verify_file(path, CONFIG_FILE, marker)
+    config = _config(path / CONFIG_FILE, overrides)
+    state = WEIGHT if average == "none" else ema_key(average or config.optimizer.ema_decays[0])
     run = path.parent.parent
     manifest = read_manifest(run) if (run / MANIFEST_NAME).exists() else None
     return Pretrained(
-        config=_config(path / CONFIG_FILE, overrides),
-        weights=_safetensors(path / EMA_FILE),
+        config=config,
+        weights=read_whole(path, None if average is None else state),
         source=str(path),
         step=marker["step"],
+        state=state,
         run=run,
         **_of_manifest(manifest),
     )

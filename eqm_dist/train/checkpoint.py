@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from eqm_dist.errors import CheckpointError, DamagedCheckpointError
@@ -258,6 +259,37 @@ def read_pieces(path: Path, files: Iterable[str]) -> "defaultdict[tuple[str, str
                 state, parameter, start = key.split("/")
                 pieces[state, parameter].append(Piece(int(start), reader.get_slice(key)))
     return pieces
+
+
+def read_whole(path: Path, state: str | None = None) -> dict[str, Tensor]:
+    """One state of every parameter as the model's state dict, whole; parameters that are not trained as they are.
+
+    Args:
+        path: the checkpoint.
+        state: ``weight``, ``ema_DECAY``, ...; None for the average that is exported.
+
+    Raises:
+        DamagedCheckpointError: a file is missing or damaged.
+        CheckpointError: the checkpoint has no such state.
+    """
+    marker = read_marker(path)
+    files = [EMA_FILE] if state is None else [name for name in marker["files"] if name.endswith(".safetensors")]
+    for name in files:
+        verify_file(path, name, marker)
+    try:
+        whole = load_file(path / EMA_FILE)
+        pieces = read_pieces(path, files)
+        states = sorted({each for each, _ in pieces})
+        if state is not None and state not in states:
+            raise CheckpointError(f"{path} holds {', '.join(states)}, and not {state}; choose one that it holds.")
+        for name, values in whole.items():
+            if (state, name) in pieces:
+                filled = fill(Fragment(name, state or "", 0, values.view(-1)), pieces[state or "", name])
+                if filled != values.numel():
+                    raise DamagedCheckpointError(f"{path} has {filled:,} of {values.numel():,} elements of {name}.")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DamagedCheckpointError(f"The checkpoint {path} cannot be read ({error}); use another one.") from error
+    return whole
 
 
 def _restore(path: Path, engine: Engine, shapes: Mapping[str, torch.Size]) -> TrainState:

@@ -1,0 +1,177 @@
+"""The checkpoints of a run from outside: which there are, whether they are undamaged, and their weights for others."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from eqm_dist.build import CHECKPOINTS, CONFIG_FILE, OpenRun, build_checkpoints
+from eqm_dist.config import Config, parse
+from eqm_dist.data.storage import storage_errors, whole_file
+from eqm_dist.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from eqm_dist.train.checkpoint import (
+    EMA_FILE,
+    MARKER,
+    Checkpoints,
+    read_marker,
+    read_pieces,
+    read_whole,
+    step_of,
+    verify_file,
+)
+from eqm_dist.train.engine import WEIGHT
+from eqm_dist.train.evaluations import SCORE
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One directory of ``checkpoints/``.
+
+    Attributes:
+        step: its step.
+        condition: whole (as far as names and sizes tell), unfinished, damaged, or set aside.
+        size: bytes of its files.
+        writers: ranks that wrote it; 0 if unknown.
+        fid: of its average, if it was evaluated.
+        kept: the rules that keep it.
+    """
+
+    step: int
+    condition: str
+    size: int
+    writers: int = 0
+    fid: float | None = None
+    kept: Sequence[str] = ()
+
+
+def entries(run: Path) -> list[Entry]:
+    """What lies in the checkpoints of a run, by step. Sizes are compared, contents are not: see ``verify``.
+
+    Raises:
+        ConfigError: ``run`` is not the directory of a run.
+    """
+    checkpoints, evaluations = build_checkpoints(OpenRun(_config(run), run, None))
+    kept, results = checkpoints.kept(checkpoints.steps()), evaluations.results()
+    found = []
+    for path in sorted((run / CHECKPOINTS).glob("*step_*")):
+        name = path.name.removeprefix("damaged-").partition(".")[0]
+        size = sum(file.stat().st_size for file in path.iterdir())
+        if name != path.name:
+            found.append(Entry(step_of(name), "set aside", size))
+        elif not (path / MARKER).exists():
+            found.append(Entry(step_of(name), "unfinished", size))
+        else:
+            step = step_of(name)
+            fid = results.get(step, {}).get("metrics", {}).get(SCORE)
+            found.append(Entry(step, *_condition(path), fid=fid, kept=kept.get(step, ())))
+    return sorted(found, key=lambda entry: entry.step)
+
+
+def table(found: Sequence[Entry]) -> str:
+    """The entries as aligned text."""
+    rows = [("step", "condition", "MiB", "writers", "FID", "kept as")]
+    for entry in found:
+        fid = "" if entry.fid is None else f"{entry.fid:.3f}"
+        rows.append((f"{entry.step:,}", entry.condition, f"{entry.size / 2**20:,.1f}", str(entry.writers or ""), fid,
+                     ", ".join(entry.kept)))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    left = (1, 5)
+    return "\n".join(
+        "  ".join(f"{text:{'<' if at in left else '>'}{widths[at]}}" for at, text in enumerate(row)).rstrip()
+        for row in rows
+    )
+
+
+def checkpoints_of(place: Path, every: bool) -> list[Path]:
+    """A checkpoint itself; of a run the newest one that is finished, or every one.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not (place / CHECKPOINTS).exists():
+        return [place]
+    found = Checkpoints(place / CHECKPOINTS, keep=1).whole()
+    if not found:
+        raise CheckpointError(f"{place} must have a finished checkpoint, and has none; train on, or name another run.")
+    return found if every else found[-1:]
+
+
+def verify(checkpoint: Path) -> str:
+    """Read all of a checkpoint: every file is what its marker says, and the states cover every parameter once.
+
+    Returns:
+        What it consists of, for people.
+
+    Raises:
+        CheckpointError: it is unfinished or damaged, and in what way.
+    """
+    marker = read_marker(checkpoint)
+    for name in marker["files"]:
+        verify_file(checkpoint, name, marker)
+    try:
+        pieces = read_pieces(checkpoint, marker["files"])
+        with safe_open(checkpoint / EMA_FILE, framework="pt") as average:
+            shapes = {name: torch.Size(average.get_slice(name).get_shape()) for name in average.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DamagedCheckpointError(f"The checkpoint {checkpoint} cannot be read ({error}).") from error
+    states = sorted({state for state, _ in pieces})
+    trained = sorted({name for _, name in pieces})
+    for state in states:
+        for name in trained:
+            end = 0
+            for piece in sorted(pieces[state, name], key=lambda piece: piece.start):
+                if piece.start != end:
+                    raise DamagedCheckpointError(
+                        f"{checkpoint} must hold every element of every state once, but of {state} of {name} it has"
+                        f" {'two of' if piece.start < end else 'none of'} element {min(piece.start, end):,}."
+                    )
+                end += piece.numel
+            if name not in shapes or end != shapes[name].numel():
+                raise DamagedCheckpointError(
+                    f"{checkpoint} has {end:,} elements of {state} of {name}, and {EMA_FILE} has"
+                    f" {shapes[name].numel() if name in shapes else 0:,}."
+                )
+    size = sum(record["bytes"] for record in marker["files"].values())
+    elements = sum(shapes[name].numel() for name in trained)
+    return (
+        f"{len(marker['files'])} files, {size / 2**20:,.1f} MiB, {', '.join(states)} of {len(trained)} trained"
+        f" parameters ({elements:,} elements)"
+    )
+
+
+def convert(checkpoint: Path, out: Path) -> Path:
+    """Write weights and first average as ``torch.save`` has them in the official code, ``{"model": ..., "ema": ...}``.
+
+    Raises:
+        CheckpointError: the checkpoint is unfinished or damaged.
+        StorageError: ``out`` cannot be written.
+    """
+    content: dict[str, dict[str, Tensor]] = {"model": read_whole(checkpoint, WEIGHT), "ema": read_whole(checkpoint)}
+    with storage_errors("create", out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(out) as file:
+        torch.save(content, file)
+    return out
+
+
+def _config(run: Path) -> Config:
+    file = run / CONFIG_FILE
+    if not file.exists():
+        raise ConfigError(f"A run must be a directory with {CONFIG_FILE}, and {run} has none; correct the path.")
+    return parse(Config, yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+
+
+def _condition(path: Path) -> tuple[str, int, int]:
+    """Condition, bytes and writers of a checkpoint that has a marker."""
+    try:
+        files = read_marker(path)["files"]
+    except CheckpointError:
+        return "damaged", sum(file.stat().st_size for file in path.iterdir()), 0
+    found = {file.name: file.stat().st_size for file in path.iterdir()}
+    same = all(found.get(name) == record["bytes"] for name, record in files.items())
+    writers = sum(name.startswith("state-") for name in files)
+    return "whole" if same else "damaged", sum(found.values()), writers
