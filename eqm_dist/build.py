@@ -60,6 +60,7 @@ from eqm_dist.train.checkpoint import Checkpoints, Rule
 from eqm_dist.train.distributed import all_reduce_sum, rank, world_size
 from eqm_dist.train.engine import Engine, TorchEngine
 from eqm_dist.train.evaluations import SCORE, Evaluations
+from eqm_dist.train.grad_norms import GradientNorms
 from eqm_dist.train.guard import Guard
 from eqm_dist.train.loop import Run
 from eqm_dist.train.meters import peak_flops
@@ -180,6 +181,7 @@ def build_run(
         grad_accum=grad_accum,
         log_every=config.train.log_every,
         save_every=config.checkpoint.every,
+        grad_norms=GradientNorms(list(shapes), device, engine.replicated) if config.train.log_grad_norms else None,
         guard=_build_guard(config.train.guard),
         flops_per_image=training_flops_per_image(forward_macs(**_shape_arguments(config))),
         peak_flops=peak_flops(device, config.train.precision, world),
@@ -222,6 +224,8 @@ def build_model(config: Config) -> SiT:
         num_classes=config.data.num_classes,
         learn_sigma=model.learn_sigma,
         time_conditioned=config.objective.kind == "flow_matching",
+        qk_norm=model.qk_norm,
+        checkpoint_blocks=config.train.activation_checkpointing,
         zero_init=model.zero_init,
         seed=config.run.seed,
     )
@@ -329,9 +333,13 @@ def plan_batch(config: Config, world: int) -> tuple[int, int]:
 def derived_numbers(config: Config) -> dict[str, str]:
     """What a config amounts to, for ``--dry-run``: label -> figure with its unit."""
     shape = _shape_arguments(config)
-    classes = config.data.num_classes
-    parameters = parameter_count(**shape, num_classes=classes)
-    trained = parameter_count(**shape, num_classes=classes, trainable_only=True)
+    hidden_size, _, num_heads = _width_depth_heads(config)
+    counted = {
+        **shape,
+        "num_classes": config.data.num_classes,
+        "qk_norm_size": hidden_size // num_heads if config.model.qk_norm else 0,
+    }
+    parameters, trained = parameter_count(**counted), parameter_count(**counted, trainable_only=True)
     macs = forward_macs(**shape)
     states = 3 + len(config.optimizer.ema_decays)  # fp32 weight, two moments, the averages
     checkpoint = 4 * (states * trained + parameters)  # and the first average whole

@@ -129,6 +129,8 @@ class ModelConfig(Section):
     """Number of blocks."""
     num_heads: PositiveInt | None = None
     """Attention heads."""
+    qk_norm: bool = False
+    """Normalise queries and keys, which keeps attention in bf16 from blowing up; official checkpoints do not."""
     learn_sigma: bool = False
     """Keep the unused second half of the output channels that official checkpoints have."""
     zero_init: bool = True
@@ -303,6 +305,10 @@ class TrainConfig(Section):
     """Most samples of one forward pass per worker; more are accumulated. Default: no accumulation."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Arithmetic of the forward and backward pass; weights and averages stay fp32."""
+    activation_checkpointing: bool = False
+    """Compute the blocks' activations again in the backward pass instead of keeping them: a third more arithmetic."""
+    log_grad_norms: bool = False
+    """Log the norm of the gradient also for the embedders, each block and the final layer."""
     log_every: PositiveInt = 50
     """Steps between two lines of progress."""
     guard: GuardConfig = GuardConfig()
@@ -581,6 +587,11 @@ class Config(Section):
                 f"objective.energy={self.objective.energy} differentiates the model inside its loss, when ZeRO stage 3"
                 " has given the weights away again; use engine.zero_stage 0, 1 or 2"
             )
+        if self.objective.energy != "none" and self.train.activation_checkpointing:
+            raise ValueError(
+                f"objective.energy={self.objective.energy} differentiates the model inside its loss and needs all"
+                " activations for both passes; use train.activation_checkpointing=false"
+            )
         if self.evaluation.every:
             try:
                 require_matching_sampler(self.objective, self.evaluation.sampler)
@@ -613,8 +624,9 @@ class Config(Section):
 # What may differ when a run is started again: where and how it runs, how it is watched, how long it goes on.
 # Everything else decides the numbers and stays as it was.
 RESUMABLE_KEYS = ("run.root", "data.shards", "data.verify_checksums", "data.workers", "data.cache_dir",
-                  "data.cache_gib", "data.deadline_s", "train.guard.", "train.log_every", "train.micro_batch",
-                  "train.steps", "engine.", "launch.", "checkpoint.", "evaluation.", "track.")  # fmt: skip
+                  "data.cache_gib", "data.deadline_s", "train.activation_checkpointing", "train.guard.",
+                  "train.log_every", "train.log_grad_norms", "train.micro_batch", "train.steps", "engine.", "launch.",
+                  "checkpoint.", "evaluation.", "track.")  # fmt: skip
 
 
 def dump(config: Section) -> dict[str, Any]:

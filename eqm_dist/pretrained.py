@@ -378,6 +378,7 @@ def _config_of(weights: Mapping[str, Tensor], overrides: dict[str, Any], path: P
             "depth": depth,
             "num_heads": heads,
             "learn_sigma": outputs == 2 * channels,
+            "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
         },
     }
     return with_overrides(parse(Config, values, str(path)), overrides)

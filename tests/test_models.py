@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -93,6 +95,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
         "depth": draw(st.integers(0, 2)),
         "num_classes": draw(st.integers(1, 4)),
         "learn_sigma": draw(st.booleans()),
+        "qk_norm": draw(st.booleans()),
     }
 
 
@@ -103,7 +106,8 @@ def test_shapes_and_closed_form_count_for_any_valid_sizes(numbers: dict[str, Any
     x = torch.randn(batch, numbers["in_channels"], numbers["input_size"], numbers["input_size"])
     assert model(x, torch.full((batch,), model.null_label)).shape == x.shape
     counted = dict(numbers)
-    del counted["num_heads"]
+    head_size = counted["hidden_size"] // counted.pop("num_heads")
+    counted["qk_norm_size"] = head_size if counted.pop("qk_norm") else 0
     assert sum(p.numel() for p in model.parameters()) == parameter_count(**counted)
 
 
@@ -225,3 +229,95 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         model(x, labels, gamma)
     with pytest.raises(ConfigError, match="needs gamma"):
         timed(x, labels)
+
+
+# --- queries and keys that are normalised, activations that are computed again ---
+
+MOVED: dict[str, Any] = {**SMALL, "hidden_size": 16, "depth": 2, "zero_init": False}
+
+
+def moved(**changes: Any) -> SiT:
+    """A model whose blocks take part, as they do once trained."""
+    model = SiT(**{**MOVED, **changes})
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "adaLN" in name:
+                parameter.normal_(std=0.2, generator=generator)
+    return model
+
+
+def blocks(model: SiT) -> Iterator[Any]:
+    return iter(model.blocks)  # torch's types know only modules of no kind
+
+
+def blow_up(model: SiT, factor: float) -> None:
+    """Multiply the weights of all queries and keys."""
+    with torch.no_grad():
+        for block in blocks(model):
+            block.attn.qkv.weight[: 2 * MOVED["hidden_size"]] *= factor
+
+
+def inputs(batch: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, 3, 4, 4, generator=generator), torch.arange(batch) % 5
+
+
+def test_normalised_attention_does_not_feel_how_large_its_weights_are() -> None:
+    for qk_norm, feels in [(False, True), (True, False)]:
+        model = moved(qk_norm=qk_norm)
+        before = model(*inputs())
+        blow_up(model, 100.0)
+        # Only the 1e-6 under the root tells the two apart.
+        assert torch.allclose(model(*inputs()), before, rtol=1e-3, atol=1e-3) is not feels
+
+
+def test_normalised_logits_are_bounded() -> None:
+    model, heads = moved(qk_norm=True), []
+    generator = torch.Generator().manual_seed(2)
+    for block in blocks(model):
+        for norm in (block.attn.q_norm, block.attn.k_norm):
+            torch.nn.init.uniform_(norm.weight, -2, 2, generator=generator)
+            norm.register_forward_hook(lambda module, arguments, out: heads.append((module, out)))
+    blow_up(model, 1e3)
+    model(*inputs())
+    for (q_norm, query), (k_norm, key) in zip(heads[::2], heads[1::2], strict=True):
+        size = query.shape[-1]
+        largest = (query @ key.transpose(-1, -2) / size**0.5).abs().max().item()
+        bound = size**0.5 * (q_norm.weight.abs().max() * k_norm.weight.abs().max()).item()
+        assert bound / 10 < largest <= bound * (1 + 1e-6)
+
+
+def test_gradients_in_bf16_stay_finite_where_attention_blows_up() -> None:
+    for qk_norm, finite in [(False, False), (True, True)]:
+        model = moved(qk_norm=qk_norm)
+        blow_up(model, 1e20)
+        x, labels = inputs()
+        with torch.autocast("cpu", torch.bfloat16):
+            field = model(x, labels)
+        (field.float() - x).square().mean().backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        assert all(bool(gradient.isfinite().all()) for gradient in gradients) is finite
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_activations_that_are_computed_again_change_no_bit(bf16: bool) -> None:
+    found, saved = [], []
+    for checkpoint_blocks in (False, True):
+        model, size = moved(qk_norm=True, checkpoint_blocks=checkpoint_blocks), 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal size
+            size += tensor.numel()
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        ):
+            loss = model(*inputs()).float().square().mean()
+        loss.backward()
+        found.append([loss, *(parameter.grad for parameter in model.parameters() if parameter.requires_grad)])
+        saved.append(size)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert saved[1] < saved[0] / 2

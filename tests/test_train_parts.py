@@ -27,6 +27,7 @@ from eqm_dist.models import SiT
 from eqm_dist.open_run import open_run
 from eqm_dist.presets import digits
 from eqm_dist.track.jsonl import read_metrics
+from eqm_dist.train.grad_norms import group_of
 from eqm_dist.train.loop import train
 from eqm_dist.train.meters import Meters
 from eqm_dist.train.optimizer import EmaAdamW, ema_key
@@ -493,3 +494,46 @@ def _message_of_the_end(rank: int, opened: OpenRun) -> str:
     with pytest.raises(NonFiniteLossError) as raised:
         train(build_run(opened, CPU))
     return str(raised.value)
+
+
+# --- norms of the gradient by parts of the model ---
+
+
+def test_parts_of_the_model_are_named_for_people() -> None:
+    names = ["x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.3.attn.qkv.bias",
+             "final_layer.linear.weight"]  # fmt: skip
+    assert [group_of(name) for name in names] == ["embedders", "embedders", "block_03", "final_layer"]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_blots(tmp_path_factory.mktemp("shards"))
+
+
+def test_norms_by_parts_add_up_to_the_norm_of_the_whole(shards: Path, tmp_path: Path) -> None:
+    settings = {"train.log_grad_norms": True, "optimizer.gradient_clip": 0.1}
+    train(build_run(open_run(tiny.config(tmp_path, shards, **settings)), CPU))
+    lines = list(read_metrics(tmp_path / "tiny" / "metrics.jsonl"))
+    parts = ["embedders", "block_00", "final_layer"]
+    for line in lines:
+        whole = math.hypot(*(line[f"train/grad_norm/{part}"] for part in parts))
+        assert whole == pytest.approx(line["train/grad_norm"], rel=1e-5)  # fp32 sums in another order
+    assert lines[-1]["train/grad_norm"] > 0.1  # norms are those before clipping
+    assert len([key for key in lines[-1] if key.startswith("train/grad_norm/")]) == len(parts)
+
+
+def test_over_an_interval_a_part_has_the_root_mean_square_of_its_norms(shards: Path, tmp_path: Path) -> None:
+    found = {}
+    for every in (1, 3):
+        settings = {
+            "train.log_grad_norms": True,
+            "train.log_every": every,
+            "checkpoint.every": 6,
+            "run.name": f"{every}",
+        }
+        train(build_run(open_run(tiny.config(tmp_path, shards, **settings)), CPU))
+        lines = read_metrics(tmp_path / f"{every}" / "metrics.jsonl")
+        found[every] = {line["step"]: line["train/grad_norm/block_00"] for line in lines}
+    for last in (3, 6):
+        norms = [found[1][step] for step in range(last - 2, last + 1)]
+        assert found[3][last] == pytest.approx(math.sqrt(sum(norm**2 for norm in norms) / 3), rel=1e-6)

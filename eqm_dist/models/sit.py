@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from eqm_dist import rng
 from eqm_dist.errors import ConfigError, DataError
@@ -30,6 +31,8 @@ class SiT(nn.Module):
         mlp_ratio: hidden width of a block's MLP, in units of ``hidden_size``.
         learn_sigma: twice the output channels, of which the second half is dropped, as in the official checkpoints.
         time_conditioned: feed gamma to the time embedder (flow matching); otherwise its input is 0.
+        qk_norm: normalise queries and keys, which bounds the attention's logits (official checkpoints do not).
+        checkpoint_blocks: keep only the inputs of blocks for the backward pass, which computes them again.
         zero_init: start with a final layer of zeros, so that f = 0. The l2 energy cannot leave that point: pass False.
         seed: the initial weights depend on it alone.
 
@@ -50,6 +53,8 @@ class SiT(nn.Module):
         mlp_ratio: float = 4.0,
         learn_sigma: bool = False,
         time_conditioned: bool = False,
+        qk_norm: bool = False,
+        checkpoint_blocks: bool = False,
         zero_init: bool = True,
         seed: int = 0,
     ) -> None:
@@ -69,6 +74,7 @@ class SiT(nn.Module):
         self.null_label = num_classes
         self.learn_sigma = learn_sigma
         self.time_conditioned = time_conditioned
+        self.checkpoint_blocks = checkpoint_blocks
         self.zero_init = zero_init
         grid_size = input_size // patch_size
         out_channels = 2 * in_channels if learn_sigma else in_channels
@@ -78,7 +84,7 @@ class SiT(nn.Module):
         self.y_embedder = _LabelEmbedder(num_classes, hidden_size)
         self.pos_embed = nn.Parameter(torch.empty(1, grid_size**2, hidden_size), requires_grad=False)
         self.blocks = nn.ModuleList(
-            _Block(hidden_size, num_heads, mlp_size=int(hidden_size * mlp_ratio)) for _ in range(depth)
+            _Block(hidden_size, num_heads, mlp_size=int(hidden_size * mlp_ratio), qk_norm=qk_norm) for _ in range(depth)
         )
         self.final_layer = _FinalLayer(hidden_size, patch_size**2 * out_channels)
         self.initialize(seed)
@@ -123,7 +129,10 @@ class SiT(nn.Module):
         condition = self.t_embedder(time, label_embedding.dtype) + label_embedding
         tokens = self.x_embedder(x) + self.pos_embed
         for block in self.blocks:
-            tokens = block(tokens, condition)
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, condition, use_reentrant=False)
+            else:
+                tokens = block(tokens, condition)
         field = _from_patches(self.final_layer(tokens, condition), self.patch_size)
         field = field.chunk(2, dim=1)[0] if self.learn_sigma else field
         return (field, tokens) if return_tokens else field
@@ -137,7 +146,7 @@ class SiT(nn.Module):
 
         As in the official code: Xavier-uniform linear layers with zero biases, normal label and time embeddings of
         standard deviation 0.02, the sine and cosine position table, zero modulation layers and, with ``zero_init``, a
-        zero output.
+        zero output. The weights of norms are 1.
         """
         if self.pos_embed.is_meta:
             return
@@ -146,6 +155,8 @@ class SiT(nn.Module):
             if name == "pos_embed":
                 grid_size = self.latent_shape[1] // self.patch_size
                 parameter.copy_(_position_table(parameter.shape[-1], grid_size))
+            elif "_norm.weight" in name:
+                parameter.fill_(1)
             elif name.endswith("bias") or "adaLN" in name or (name == "final_layer.linear.weight" and self.zero_init):
                 parameter.zero_()
             elif name.startswith(("y_embedder", "t_embedder")):
@@ -210,10 +221,10 @@ class _LabelEmbedder(nn.Module):
 class _Block(nn.Module):
     """A transformer block whose shifts, scales and gates come from the condition (adaLN-Zero)."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_size: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, mlp_size: int, qk_norm: bool) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = _Attention(hidden_size, num_heads)
+        self.attn = _Attention(hidden_size, num_heads, qk_norm)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = _Mlp(hidden_size, mlp_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
@@ -226,17 +237,35 @@ class _Block(nn.Module):
 
 
 class _Attention(nn.Module):
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm = _RmsNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = _RmsNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
         heads = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1))
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = functional.scaled_dot_product_attention(query, key, value)
+        mixed = functional.scaled_dot_product_attention(self.q_norm(query), self.k_norm(key), value)
         return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class _RmsNorm(nn.Module):
+    """x / sqrt(mean(x^2)) * weight over the last dimension, in plain operations, which have a second derivative.
+
+    On queries and keys of size d it bounds the logits by sqrt(d) times the largest product of their weights (Dehghani
+    et al., arXiv 2302.05442; with learned weights as in Esser et al., arXiv 2403.03206).
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * self.weight).to(x.dtype)
 
 
 class _Mlp(nn.Module):

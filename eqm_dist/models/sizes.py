@@ -33,9 +33,13 @@ def parameter_count(
     num_classes: int,
     mlp_ratio: float = 4.0,
     learn_sigma: bool = False,
+    qk_norm_size: int = 0,
     trainable_only: bool = False,
 ) -> int:
-    """Parameters of a SiT; the frozen position table counts unless ``trainable_only``."""
+    """Parameters of a SiT; the frozen position table counts unless ``trainable_only``.
+
+    ``qk_norm_size`` is the size of a head where queries and keys are normalised. It costs no matrix product.
+    """
     tokens = (input_size // patch_size) ** 2
     mlp_size = int(hidden_size * mlp_ratio)
     patch_values = in_channels * patch_size**2
@@ -50,6 +54,7 @@ def parameter_count(
         + linear(hidden_size, mlp_size)
         + linear(mlp_size, hidden_size)
         + linear(hidden_size, 6 * hidden_size)
+        + 2 * qk_norm_size
     )
     embedders = (
         linear(patch_values, hidden_size)

@@ -5,16 +5,16 @@ checkpoints, which lose the averages or refuse another number of workers (docs/d
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from eqm_dist.data.loader import Batch
 from eqm_dist.train.distributed import rank, world_size
-from eqm_dist.train.engine import WEIGHT, Fragment, Precision
+from eqm_dist.train.engine import WEIGHT, Accepts, Fragment, Observe, Precision
 from eqm_dist.train.optimizer import EmaAdamW
 from eqm_dist.train.step import Objective
 
@@ -103,7 +103,7 @@ class DeepSpeedEngine:
         if not last:
             self._engine.step()  # counts the micro-batch, updates nothing
 
-    def step(self, learning_rate: float, accepts: Callable[[float], bool] | None = None) -> Tensor:
+    def step(self, learning_rate: float, accepts: Accepts | None = None, observe: Observe | None = None) -> Tensor:
         """Update; the gradient norm is global and unclipped, NaN or infinite if the gradient was."""
         for group in self._zero.param_groups:
             group["lr"] = learning_rate
@@ -112,20 +112,35 @@ class DeepSpeedEngine:
         def found_norm() -> Tensor:
             return torch.as_tensor(self._zero._global_grad_norm) if norm is None else norm
 
-        # DeepSpeed finds the norm inside its step, and updates flat partitions one by one.
         judge = cache(lambda: accepts is None or accepts(found_norm().item()))
-        self._base.accepts = judge
+
+        def before_update(flats: Sequence[Tensor]) -> bool:
+            accepted = judge()
+            if accepted and observe is not None:
+                self._observe(flats, found_norm(), observe)
+            return accepted
+
+        # DeepSpeed finds the norm inside its step, and updates flat partitions one by one.
+        self._base.accepts = before_update
         self._engine.step()
         judge()  # nobody has asked where the norm is not finite: DeepSpeed skips those updates by itself
         return found_norm().to(self.device)
 
+    def _observe(self, flats: Sequence[Tensor], norm: Tensor, observe: Observe) -> None:
+        clipped = ((norm + 1e-6) / self._clip).clamp(min=1)  # DeepSpeed and torch divide by this
+        updated = set(map(id, flats))
+        for place in self._places():
+            if id(place.flat) in updated:
+                observe(place.name, place.cut(place.flat.grad).square().sum() * clipped**2)
+
     def fragments(self) -> list[Fragment]:
         """This rank's piece of every weight, moment and average, as views into DeepSpeed's flat partitions."""
-        return [
-            Fragment(name, WEIGHT if key is None else key, start, values)
-            for key in (None, *self._base.state_keys)
-            for name, start, values in self._pieces(key)
-        ]
+        pieces = []
+        for place in self._places():
+            pieces.append(Fragment(place.name, WEIGHT, place.start, place.cut(place.flat)))
+            states = self._base.state[place.flat]
+            pieces += [Fragment(place.name, key, place.start, place.cut(states[key])) for key in self._base.state_keys]
+        return pieces
 
     def restored(self, updates: int) -> None:
         """Set the counts of the bias correction and renew the compute weights from the restored fp32 ones."""
@@ -150,21 +165,33 @@ class DeepSpeedEngine:
             return self._zero.fp32_partitioned_groups_flat
         return self._zero.single_partition_of_fp32_groups
 
-    def _pieces(self, key: str | None) -> Iterator[tuple[str, int, Tensor]]:
-        """Name, offset and values of this rank's piece of each parameter's weight (``key`` None) or state."""
+    def _places(self) -> Iterator["_Place"]:
+        """Where this rank's piece of each parameter lies."""
         for param, name in self._names.items():
             if self._stage == 0:
-                source = param.detach() if key is None else self._base.state[param][key]
-                yield name, 0, source.view(-1)
+                yield _Place(name, 0, param, 0, param.numel())
             elif self._stage == 3:
-                values, _ = self._zero._get_fp32_opt_state_partition(param, True, key)
-                start = rank() * values.numel()
+                group, offset, size = self._zero.grad_position[self._zero.get_param_id(param)]
+                start = rank() * size
                 # The last rank's piece is padded so that all pieces have one size.
-                numel = max(0, min(values.numel(), param.ds_numel - start))
+                numel = max(0, min(size, param.ds_numel - start))
                 if numel:
-                    yield name, start, values.detach().narrow(0, 0, numel)
+                    yield _Place(name, start, self._zero.fp32_partitioned_groups_flat[group], offset, numel)
             elif param._hp_mapping is not None:  # None: no part of this parameter lies on this rank
                 flat = self._zero.single_partition_of_fp32_groups[param._hp_mapping.param_group_index]
-                source = flat.detach() if key is None else self._base.state[flat][key]
                 address = param._hp_mapping.get_hp_fragment_address()
-                yield name, param._hp_mapping.lp_fragment_address.start, source.narrow(0, address.start, address.numel)
+                yield _Place(name, param._hp_mapping.lp_fragment_address.start, flat, address.start, address.numel)
+
+
+class _Place(NamedTuple):
+    """Elements [start, start + numel) of a parameter are [offset, offset + numel) of what the optimizer updates."""
+
+    name: str
+    start: int
+    flat: Any
+    offset: int
+    numel: int
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """The piece of a tensor that is laid out like ``flat``; a view."""
+        return tensor.detach().view(-1).narrow(0, self.offset, self.numel)

@@ -17,6 +17,10 @@ from eqm_dist.train.optimizer import EmaAdamW
 from eqm_dist.train.step import Objective
 
 Precision = Literal["fp32", "tf32", "bf16"]
+Accepts = Callable[[float], bool]
+"""Says by the norm of the whole gradient whether the update is to be made."""
+Observe = Callable[[str, Tensor], None]
+"""Takes a parameter's name and the sum of squares of this rank's piece of its gradient, before clipping."""
 WEIGHT = "weight"
 """Name of a parameter's fp32 value among its states."""
 
@@ -53,13 +57,14 @@ class Engine(Protocol):
         """Add the gradient of this rank's share of the loss; ``last`` marks the last micro-batch of the step."""
         ...
 
-    def step(self, learning_rate: float, accepts: Callable[[float], bool] | None = None) -> Tensor:
+    def step(self, learning_rate: float, accepts: Accepts | None = None, observe: Observe | None = None) -> Tensor:
         """Update weights and averages; returns the norm of the whole gradient before clipping.
 
         Args:
             learning_rate: of this update.
             accepts: asked once, with that norm, before anything changes; if it says no, nothing does. Asking makes
                 the host wait for the device.
+            observe: called for every piece of the gradient of an update that is made.
         """
         ...
 
@@ -108,12 +113,17 @@ class TorchEngine:
                     param.grad = torch.zeros_like(param)
                 all_reduce_sum(param.grad)
 
-    def step(self, learning_rate: float, accepts: Callable[[float], bool] | None = None) -> Tensor:
+    def step(self, learning_rate: float, accepts: Accepts | None = None, observe: Observe | None = None) -> Tensor:
         """Clip, update, forget the gradients."""
-        norm = nn.utils.clip_grad_norm_(list(self._parameters.values()), self._clip)
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+        gradients = {name: param.grad for name, param in self._parameters.items() if param.grad is not None}
+        norm = nn.utils.get_total_norm(gradients.values())
         if accepts is None or accepts(norm.item()):
+            if observe is not None:
+                for name, gradient in gradients.items():
+                    observe(name, gradient.square().sum())
+            nn.utils.clip_grads_with_norm_(list(self._parameters.values()), self._clip, norm)
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate
             self._optimizer.step()
         self._optimizer.zero_grad()
         return norm

@@ -1,7 +1,6 @@
 """The training loop: the page that says what a run does, in the order in which it happens."""
 
 import logging
-import math
 import resource
 import sys
 import time
@@ -21,6 +20,7 @@ from eqm_dist.train.checkpoint import Checkpoints, whole_state
 from eqm_dist.train.distributed import from_rank_zero, rank
 from eqm_dist.train.engine import Engine
 from eqm_dist.train.evaluations import Evaluations
+from eqm_dist.train.grad_norms import GradientNorms
 from eqm_dist.train.guard import Guard
 from eqm_dist.train.meters import Interval, Meters
 from eqm_dist.train.mirror import Mirror
@@ -84,6 +84,7 @@ class Run:
         grad_accum: micro-batches per update; the same on every rank.
         evaluations: the results of evaluations, and which steps are due.
         log_every, save_every: steps between.
+        grad_norms: adds up the gradient by parts of the model, for reports; None: nobody asks.
         guard: says which updates are skipped; None: none are, and the host never waits for one.
         flops_per_image: training FLOPs of one image, for the utilisation.
         peak_flops: what the device could do at best, over all ranks; None if unknown.
@@ -106,6 +107,7 @@ class Run:
     evaluations: Evaluations
     log_every: int
     save_every: int
+    grad_norms: GradientNorms | None
     guard: Guard | None
     flops_per_image: float
     peak_flops: float | None = None
@@ -150,6 +152,8 @@ def _advance(run: Run, meters: Meters) -> None:
         if run.guard is not None and run.guard.gives_up(run.state):
             _go_back(run)
             meters.restart()
+            if run.grad_norms is not None:
+                run.grad_norms.restart()
             return
 
         saves, evaluates = run.due(run.save_every), run.evaluate is not None and run.evaluations.due(run.state.step)
@@ -177,7 +181,8 @@ def _update(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
         run.engine.backward(share, last=index == len(micro_batches) - 1)
         total += share.detach()
     accepts = None if run.guard is None else partial(run.guard.accepts, run.state)
-    return total, run.engine.step(run.schedule(run.state.step), accepts)
+    observe = None if run.grad_norms is None else run.grad_norms.add
+    return total, run.engine.step(run.schedule(run.state.step), accepts, observe)
 
 
 def _warn_of_skip(state: TrainState, grad_norm: Tensor) -> None:
@@ -232,12 +237,13 @@ def _report(run: Run, interval: Interval) -> None:
         )
     if interval.saved:
         run.saver.settle()
+    by_part = {} if run.grad_norms is None else run.grad_norms.report(interval.updates)
     if run.tracker is None:
         return
     step, images_per_s = run.state.step, run.global_batch / interval.step_s
-    updated = {"train/loss": interval.loss, "train/grad_norm": interval.grad_norm}
+    of_updates = {"train/loss": interval.loss, "train/grad_norm": interval.grad_norm, **by_part}
     metrics = {
-        **{name: value for name, value in updated.items() if math.isfinite(value)},
+        **(of_updates if interval.updates else {}),
         "train/learning_rate": run.schedule(step - 1),
         "train/images_seen": run.state.images_seen(run.global_batch),
         "time/step_s": interval.step_s,

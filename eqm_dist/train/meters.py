@@ -41,6 +41,8 @@ class Interval:
     data_wait_s: float
     first_bad_step: int | None
     """The first step whose loss was NaN or infinite, if any."""
+    updates: int
+    """How many were made."""
     saved: bool
     """Whether every rank has written what it was to write."""
 
@@ -98,6 +100,7 @@ class Meters:
             step_s=(time.perf_counter() - self._started) / self._steps,
             data_wait_s=self._data_wait_s / self._steps,
             first_bad_step=int(bad_step) if bad_step < _NEVER else None,
+            updates=self._updates,
             saved=writing == 0,
         )
         self._reset()

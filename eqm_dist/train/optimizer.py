@@ -33,8 +33,8 @@ class EmaAdamW(torch.optim.AdamW):
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         self.ema_decays = tuple(ema_decays)
-        self.accepts: Callable[[], bool] = lambda: True
-        """Asked before every update; where it says no, weights, moments and averages stay as they are."""
+        self.accepts: Callable[[Sequence[Tensor]], bool] = lambda params: True
+        """Asked before every update of ``params``; if it says no, weights, moments and averages stay as they are."""
 
     @property
     def state_keys(self) -> tuple[str, ...]:
@@ -57,10 +57,10 @@ class EmaAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One update. DeepSpeed calls this once per flat partition, so nothing here may count calls."""
-        if not self.accepts():
+        params = [param for group in self.param_groups for param in group["params"]]
+        if not self.accepts(params):
             return
-        for group in self.param_groups:
-            self.initialize_state(group["params"])
+        self.initialize_state(params)
         super().step(closure)
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
