@@ -352,6 +352,8 @@ class LaunchConfig(Section):
     """Failures in a row, with no newer checkpoint in between, that the run recovers from; -1 any number."""
     resize_check_s: Positive | None = None
     """Seconds between two looks for room for more workers; default 60; elastic only."""
+    hang_deadline_s: Annotated[float, Field(ge=0)] | None = None
+    """Longest time between two steps: a worker that hangs is ended, and the run restarts; default 600, 0 for none."""
 
     @field_validator("workers", mode="wrap")
     @classmethod
@@ -364,7 +366,7 @@ class LaunchConfig(Section):
 
     @model_validator(mode="after")
     def _only_what_takes_effect(self) -> Self:
-        for name in ("workers", "cpus_per_worker", "resize_check_s"):
+        for name in ("workers", "cpus_per_worker", "resize_check_s", "hang_deadline_s"):
             if self.launcher == "local" and getattr(self, name) is not None:
                 raise ValueError(f"{name} has no effect with launcher=local, which is one process; use launcher=ray")
         if self.resize_check_s is not None and not isinstance(self.workers, tuple):

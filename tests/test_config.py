@@ -240,6 +240,10 @@ def test_one_sentence_for_several_wrong_values() -> None:
             {"launch.launcher": "local", "launch.resize_check_s": 30},
             "resize_check_s has no effect with launcher=local",
         ),
+        (
+            {"launch.launcher": "local", "launch.hang_deadline_s": 9},
+            "hang_deadline_s has no effect with launcher=local",
+        ),
         ({"launch.workers": 2, "launch.resize_check_s": 30}, "resize_check_s has no effect on a fixed number of work"),
         ({"launch.launcher": "local", "engine.kind": "deepspeed"}, "launch.launcher=local is one plain process"),
         ({"track.mlflow_uri": "http://me:secret@host"}, "mlflow_uri must not hold a password"),

@@ -5,6 +5,8 @@ Ray's run directory is ours. Checkpoints are written there in place and only rep
 
 import logging
 import os
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +22,7 @@ from eqm_dist.launch.packed import pack, unpack
 from eqm_dist.launch.ray_cluster import Offer, offer
 from eqm_dist.launch.ray_evaluation import evaluation_apart, finish_evaluations
 from eqm_dist.launch.recovery import Recovery, Setbacks
+from eqm_dist.launch.watchdog import Watchdog
 from eqm_dist.launch.worker import run_to_end
 from eqm_dist.logs import FileFollower, log_file, setup_logging
 from eqm_dist.train.distributed import from_rank_zero, rank
@@ -29,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _COLLECTIVE_TIMEOUT_S = 1800
 _START_TIMEOUT_S = 10
+_HANG_DEADLINE_S = 600
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
@@ -96,10 +100,15 @@ def _worker(packed: dict[str, Any]) -> None:
     """The training function of every worker; Ray calls it anew after each failure."""
     opened = unpack(packed)
     setup_logging(log_file(opened.directory, rank()), console=False)
-    run = build_run(opened, get_device(), partial(_report, opened))
-    for step in from_rank_zero(_unreported(opened, run)):
-        _report(opened, run.checkpoints.path(step), step)
-    run_to_end(opened, run)
+    deadline_s = opened.config.launch.hang_deadline_s
+    deadline_s = _HANG_DEADLINE_S if deadline_s is None else deadline_s
+    with Watchdog(rank(), deadline_s, log_file(opened.directory, 0)) if deadline_s else nullcontext() as watchdog:
+        run = build_run(opened, get_device(), partial(_report, opened))
+        if watchdog is not None:
+            run = replace(run, beat=watchdog.beat)
+        for step in from_rank_zero(_unreported(opened, run)):
+            _report(opened, run.checkpoints.path(step), step)
+        run_to_end(opened, run)
 
 
 def _unreported(opened: OpenRun, run: Run) -> list[int]:

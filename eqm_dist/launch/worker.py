@@ -27,6 +27,7 @@ def run_to_end(opened: OpenRun, run: Run) -> None:
     try:
         train(run)
     finally:
+        run.beat(run.state.step, "finishing")
         if run.tracker is not None:
             run.tracker.finish()
         if run.mirror is not None:  # however the run ends, what it has saved arrives

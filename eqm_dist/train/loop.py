@@ -4,11 +4,11 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from eqm_dist.train.schedule import LearningRateSchedule
 from eqm_dist.train.state import TrainState
 
 logger = logging.getLogger(__name__)
+
+Doing = Literal["training", "saving", "evaluating", "finishing"]
 
 _ADVICE = (
     "Lower optimizer.learning_rate, set optimizer.gradient_clip or model.qk_norm, or use train.precision=fp32, and"
@@ -89,6 +91,8 @@ class Run:
         flops_per_image: training FLOPs of one image, for the utilisation.
         peak_flops: what the device could do at best, over all ranks; None if unknown.
         mirror: where checkpoints are copied in the background; None without one, and except on rank 0.
+        beat: told of every step, and of what this rank does until the next: who looks after it knows that it lives.
+        must_save: asked after each report, on every rank, whether to save now: a machine is about to be taken away.
     """
 
     engine: Engine
@@ -112,6 +116,8 @@ class Run:
     flops_per_image: float
     peak_flops: float | None = None
     mirror: Mirror | None = None
+    beat: Callable[[int, Doing], None] = lambda step, doing: None
+    must_save: Callable[[], bool] = lambda: False
     state: TrainState = field(default_factory=TrainState)
 
     def due(self, every: int) -> bool:
@@ -157,14 +163,19 @@ def _advance(run: Run, meters: Meters) -> None:
             return
 
         saves, evaluates = run.due(run.save_every), run.evaluate is not None and run.evaluations.due(run.state.step)
-        if saves or evaluates or run.due(run.log_every):
+        run.beat(run.state.step, "evaluating" if evaluates else "saving" if saves else "training")
+        reports = saves or evaluates or run.due(run.log_every)
+        if reports:
             _report(run, meters.report(run.saver.done))
         # An evaluation comes before the save of its step: whoever resumes there has its figures already.
         if evaluates:
             _evaluate(run)
-        if saves:
+        hurries = reports and run.must_save()
+        if saves or hurries:
             run.saver.begin(run.state)
-        if saves or evaluates:
+        if hurries:
+            run.saver.settle()
+        if saves or evaluates or hurries:
             meters.restart_clock()
         waited_from = time.perf_counter()
 
