@@ -9,11 +9,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from eqm_dist.errors import LaunchError
 from eqm_dist.train.checkpoint import MARKER, Checkpoints
-from tests.test_ray import FLAGS, REPOSITORY, command, losses, losses_so_far, mlflow_run_id, wait_for
+from tests.test_ray import (
+    FLAGS,
+    REPOSITORY,
+    _is_worker,
+    command,
+    local_cluster_env,
+    losses,
+    losses_so_far,
+    mlflow_run_id,
+    uninterrupted,
+    wait_for,
+)
+
+__all__ = ["local_cluster_env", "uninterrupted"]  # fixtures
 
 STEPS = 400
 ELASTIC = {"train.steps": STEPS, "launch.workers": "[1,3]", "launch.resize_check_s": 5, "engine.zero_stage": 2}
@@ -158,3 +172,27 @@ def test_a_run_shrinks_and_grows_with_its_cluster(tmp_path: Path, nodes: Nodes) 
 
     points = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").get_metric_history(run_id, "train/loss")
     assert sorted(point.step for point in points) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.deepspeed
+@pytest.mark.timeout(900)
+def test_a_worker_that_is_stopped_is_found_and_the_run_goes_on(
+    tmp_path: Path, uninterrupted: dict[int, float], local_cluster_env: dict[str, str]
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, *command(tmp_path, **{"launch.hang_deadline_s": 20, "track.mlflow": "false"})],
+        cwd=REPOSITORY, env=local_cluster_env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_for(reached(tmp_path, 30), process)
+    worker = next(child for child in psutil.Process(process.pid).children(recursive=True) if _is_worker(child))
+    worker.suspend()
+    began, step = time.monotonic(), losses_so_far(tmp_path)[-1]
+    wait_for(lambda: len(attempts(tmp_path)) == 2 and reached(tmp_path, step + 1)(), process)
+    print(f"{time.monotonic() - began:.0f} s from the stop of a rank, with a deadline of 20 s, to the next step")
+    output = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, output
+    found = rf"warning: rank \d on .* \(process {worker.pid}\) has made no step for \d+ s, .*was stopped by a signal"
+    assert len(re.findall(found, output)) == 1
+    assert losses(tmp_path) == uninterrupted  # bit for bit: the same workers, the same order of sums
