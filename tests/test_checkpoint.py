@@ -179,6 +179,7 @@ for _ in sys.stdin:
     run = build_run(open_run(config), torch.device("cpu"))
     print(os.getpid(), flush=True)
     for step in range(run.state.step + 1, 1_000_000):
+        run.saver.wait_copied()
         for piece in run.engine.fragments():
             piece.values.fill_(step)
         run.saver.begin(TrainState(step))

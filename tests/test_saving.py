@@ -84,10 +84,25 @@ def test_what_is_saved_is_the_state_of_its_step_though_training_went_on(shards: 
         held = threading.Event()
         run.saver._thread.submit(held.wait)  # so that nothing is written before the state has changed
         run.saver.begin(TrainState(step))
+        run.saver.wait_copied()
         fill(run, 9)
         held.set()
         run.saver.settle()
         assert_filled(start(tiny.config(tmp_path, shards)), step)
+
+
+def test_no_update_is_made_before_the_state_is_copied(shards: Path, tmp_path: Path) -> None:
+    """The copy of step 2 is held up until an update could have been made; the run is still the uninterrupted one."""
+    clean, slow = (start(tiny.config(tmp_path, shards, **{"run.name": name})) for name in ("clean", "slow"))
+    train(clean)
+    train(replace(slow, steps=1))
+    slow.saver._copier.submit(time.sleep, 0.3)
+    train(slow)
+    for path in clean.checkpoints.whole():
+        for name in read_marker(path)["files"]:
+            if name != "config.yaml":
+                assert (path / name).read_bytes() == (slow.checkpoints.directory / path.name / name).read_bytes()
+    assert slow.checkpoints.steps()[-3:] == clean.checkpoints.steps()
 
 
 def test_the_next_save_waits_for_the_one_before_and_says_so(
@@ -194,6 +209,7 @@ for number, _ in enumerate(sys.stdin):
             if rank == 0:
                 print("saving", os.getpid(), *ranks, flush=True)
             for step in range(run.state.step + 1, 1_000_000):
+                run.saver.wait_copied()
                 fill(run, step)
                 run.saver.begin(TrainState(step))
         ranks.append(pid)
@@ -324,8 +340,7 @@ def test_an_error_of_any_other_kind_is_a_failed_save_too(
 ) -> None:
     """Other ranks wait for this one's outcome, so it must have one."""
     run = start(tiny.config(tmp_path, shards))
-    run.saver._host = {"a/key/0": torch.zeros(3, dtype=torch.float64)}  # no state is like this
-    run.saver._copy = lambda: None
+    run.saver._host["a/key/0"] = torch.zeros(3, dtype=torch.float64)  # no state is like this
     run.saver.begin(TrainState(2))
     run.saver.settle()
     assert run.saver.failed == 1

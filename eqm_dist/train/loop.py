@@ -191,6 +191,7 @@ def _update(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
         share = share * torch.where(share.detach().isfinite(), 1.0, torch.nan)
         run.engine.backward(share, last=index == len(micro_batches) - 1)
         total += share.detach()
+    run.saver.wait_copied()
     accepts = None if run.guard is None else partial(run.guard.accepts, run.state)
     observe = None if run.grad_norms is None else run.grad_norms.add
     return total, run.engine.step(run.schedule(run.state.step), accepts, observe)

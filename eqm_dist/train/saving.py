@@ -77,33 +77,44 @@ class Saver:
         self._on_checkpoint = on_checkpoint
         self._group = background_group()
         self._thread = ThreadPoolExecutor(1, "saver")
+        self._copier = ThreadPoolExecutor(1, "copier")
         self._step = 0
         self._pending: Future[StorageError | None] | None = None
         self._failed_in_a_row = 0
         self.failed = 0
         """Saves that failed since this process began."""
+        self.waited_s = 0.0
+        """How long training has waited for the newest save, so far."""
         self._host: dict[str, Tensor] = {}
-        self._copy()  # the first touch of fresh memory costs more than the copy: it is paid here
+        self._copying = self._begin_copy()  # the first touch of fresh memory costs more than the copy: it is paid here
+        self._copying.result()
 
     # --- in the training thread ---
 
     def begin(self, state: TrainState) -> None:
-        """Save the run as it is now; returns once it is copied. A collective.
+        """Save the run as it is now; returns at once, but nothing may change before ``wait_copied``. A collective.
 
         Raises:
             StorageError: the save before this one failed, and so did as many before it as may.
         """
         began = time.perf_counter()
         self.wait()
-        waited_s = time.perf_counter() - began
-        if rank() == 0 and waited_s > LONG_WAIT_S:
+        self.waited_s = time.perf_counter() - began
+        if rank() == 0 and self.waited_s > LONG_WAIT_S:
             logger.info("waited %.1f s until step %s was saved, to save step %s; raise checkpoint.every or use a faster"
-                        " disk", waited_s, f"{self._step:,}", f"{state.step:,}")  # fmt: skip
+                        " disk", self.waited_s, f"{self._step:,}", f"{state.step:,}")  # fmt: skip
         self.settle()
         self._step = state.step
-        self._copy()
-        stalled_s = time.perf_counter() - began
-        self._pending = self._thread.submit(self._save, state.step, asdict(state), stalled_s)
+        self._copying = self._begin_copy()
+        self._pending = self._thread.submit(self._save, state.step, asdict(state), self._copying)
+        self.waited_s = time.perf_counter() - began
+
+    def wait_copied(self) -> None:
+        """Until the state that is being saved is copied, so that it may change."""
+        if not self._copying.done():
+            began = time.perf_counter()
+            self._copying.result()
+            self.waited_s += time.perf_counter() - began
 
     @property
     def done(self) -> bool:
@@ -159,23 +170,36 @@ class Saver:
         good = f"the last good checkpoint is {latest}" if latest else "there is no earlier checkpoint"
         return StorageError(f"{failure} Nothing was lost: {good}.")
 
-    def _copy(self) -> None:
-        """Bring what this rank is to write into host memory, the same from save to save."""
+    def _begin_copy(self) -> "Future[None]":
         if self._engine.replicated and rank() > 0:
-            return
-        for piece in self._engine.fragments():
-            key, values = f"{piece.state}/{piece.name}/{piece.start}", piece.values.detach()
-            if key not in self._host:
-                self._host[key] = torch.empty_like(values, device="cpu", pin_memory=values.is_cuda)
-            self._host[key].copy_(values, non_blocking=True)
+            return self._copier.submit(lambda: None)
+        values = {f"{piece.state}/{piece.name}/{piece.start}": piece.values for piece in self._engine.fragments()}
+        computed = None
         if self._engine.device.type == "cuda":
-            torch.cuda.synchronize(self._engine.device)
+            computed = torch.cuda.Event()
+            computed.record(torch.cuda.current_stream(self._engine.device))
+        return self._copier.submit(self._copy, values, computed)
 
     # --- in the background ---
 
-    def _save(self, step: int, state: dict[str, Any], stalled_s: float) -> StorageError | None:
+    @torch.no_grad()
+    def _copy(self, state: Mapping[str, Tensor], computed: torch.cuda.Event | None) -> None:
+        """Bring the state into host memory, the same from save to save; on a GPU on a stream of its own."""
+        stream = None if computed is None else torch.cuda.Stream(self._engine.device)
+        with torch.cuda.stream(stream):
+            if stream is not None and computed is not None:
+                stream.wait_event(computed)
+            for key, values in state.items():
+                if key not in self._host:
+                    self._host[key] = torch.empty_like(values, device="cpu", pin_memory=values.is_cuda)
+                self._host[key].copy_(values, non_blocking=True)
+        if stream is not None:
+            stream.synchronize()
+
+    def _save(self, step: int, state: dict[str, Any], copying: "Future[None]") -> StorageError | None:
         """Write a checkpoint from the copy; what went wrong, the same on every rank, or None."""
         began, path = time.perf_counter(), self._checkpoints.path(step)
+        copying.result()
         try:
             self._together(step, lambda: _clear(path))
             files = self._together(step, lambda: self._write_own(path))
@@ -186,8 +210,8 @@ class Saver:
             return error
         if rank() == 0:
             seconds = time.perf_counter() - began
-            logger.info("saved step %s in %.1f s, of which training waited %.2f s | %s/%s", f"{step:,}",
-                        stalled_s + seconds, stalled_s, path.parent.name, path.name)  # fmt: skip
+            logger.info("saved step %s in %.1f s, of which training waited %.2f s | %s/%s", f"{step:,}", seconds,
+                        self.waited_s, path.parent.name, path.name)  # fmt: skip
             self._tidy(path)
         return None
 
