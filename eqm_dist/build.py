@@ -488,7 +488,14 @@ def _build_engine(
 
     stage = 2 if config.engine.zero_stage is None else config.engine.zero_stage
     return DeepSpeedEngine(
-        objective, optimizer, **common, zero_stage=stage, micro_batch=micro_batch, grad_accum=grad_accum
+        objective,
+        optimizer,
+        **common,
+        zero_stage=stage,
+        offload=config.engine.offload == "cpu",
+        micro_batch=micro_batch,
+        grad_accum=grad_accum,
+        more=config.engine.deepspeed,
     )
 
 

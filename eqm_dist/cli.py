@@ -171,12 +171,13 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
 
 
 def _value(key: str, text: str) -> Any:
-    """A flag's text as a value: lists and null as in YAML, everything else as text that the config converts."""
+    """A flag's text as a value: lists, mappings and null as in YAML, all else as text that the config converts."""
     if text == "null":
         return None
-    if not text.startswith("["):
+    if not text.startswith(("[", "{")):
         return text
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ConfigError(f"{key} must be a list like [1,2], got {text} (command line).") from None
+        shape = "a list like [1,2]" if text.startswith("[") else "a mapping like {a: 1}"
+        raise ConfigError(f"{key} must be {shape}, got {text} (command line).") from None

@@ -46,6 +46,20 @@ class Section(BaseModel):
         return value
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one level of dotted keys: ``{"a": {"b": 1}}`` becomes ``{"a.b": 1}``.
+
+    An option whose value is a mapping stays one.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and f"{prefix}{name}" != "engine.deepspeed":
+            flat |= flatten(cast("Mapping[str, Any]", value), f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
 T = TypeVar("T", bound=Section)
 
 
@@ -323,6 +337,32 @@ class TrainConfig(Section):
         return self
 
 
+# Keys of DeepSpeed's that say what a key of ours says, or what the engine relies on, with our word for it.
+DEEPSPEED_WORDS = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.micro_batch",
+    "gradient_clipping": "optimizer.gradient_clip",
+    "optimizer": "optimizer.*",
+    "scheduler": "optimizer.schedule",
+    "zero_allow_untested_optimizer": "optimizer.*",
+    "zero_force_ds_cpu_optimizer": "engine.offload",
+    "zero_optimization.stage": "engine.zero_stage",
+    "zero_optimization.offload_optimizer": "engine.offload",
+    "zero_optimization.offload_param": "engine.offload",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "torch_autocast": "train.precision",
+    "data_types": "train.precision",
+    "activation_checkpointing": "train.activation_checkpointing",
+    "checkpoint": "checkpoint.*",
+    "steps_per_print": "train.log_every",
+}
+# What else may be passed on: how DeepSpeed moves and measures things. It ignores a key that it does not know.
+DEEPSPEED_KEYS = ("zero_optimization", "communication_data_type", "comms_logger", "flops_profiler",
+                  "wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_python_gc")  # fmt: skip
+
+
 class EngineConfig(Section):
     """Who runs the updates."""
 
@@ -330,12 +370,45 @@ class EngineConfig(Section):
     """DeepSpeed with ZeRO, or its plain-torch twin (everything on every worker); default torch if launched locally."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
     """ZeRO stage of DeepSpeed; default 2."""
+    offload: Literal["none", "cpu"] = "none"
+    """cpu: keep fp32 weights, moments and averages in host memory, and update them there; ZeRO 1 to 3."""
+    deepspeed: dict[str, Any] = {}
+    """More of DeepSpeed's own keys, as {zero_optimization: {overlap_comm: true}}."""
+
+    @field_validator("offload", mode="before")
+    @classmethod
+    def _no_nvme(cls, value: Any) -> Any:
+        if value == "nvme":
+            raise ValueError(
+                "offload=nvme would keep the state in files of DeepSpeed's that our checkpoints cannot see into;"
+                " use offload=cpu, or zero_stage=3 on more workers"
+            )
+        return value
 
     @model_validator(mode="after")
-    def _stage_is_deepspeed(self) -> Self:
-        if self.kind == "torch" and self.zero_stage is not None:
-            raise ValueError(f"zero_stage={self.zero_stage} has no effect on the torch engine; use kind=deepspeed")
+    def _only_what_takes_effect(self) -> Self:
+        for name, given in self.deepspeed_settings().items():
+            if self.kind == "torch" and given:
+                raise ValueError(f"{name}={getattr(self, name)} has no effect on the torch engine; use kind=deepspeed")
+        if self.offload == "cpu" and self.zero_stage == 0:
+            raise ValueError("offload=cpu needs a state that is partitioned; use zero_stage 1, 2 or 3")
+        for key in (*self.deepspeed, *flatten(self.deepspeed)):
+            word = next((ours for raw, ours in DEEPSPEED_WORDS.items() if f"{key}.".startswith(f"{raw}.")), None)
+            if word is not None:
+                raise ValueError(f"deepspeed.{key} is what {word} is for; use that and leave this out")
+            if key.split(".")[0] not in DEEPSPEED_KEYS:
+                raise ValueError(
+                    f"deepspeed.{key} is none of what can be passed on ({', '.join(DEEPSPEED_KEYS)}); leave it out"
+                )
         return self
+
+    def deepspeed_settings(self) -> dict[str, bool]:
+        """The keys that only DeepSpeed has, and whether they are set."""
+        return {
+            "zero_stage": self.zero_stage is not None,
+            "offload": self.offload != "none",
+            "deepspeed": bool(self.deepspeed),
+        }
 
 
 class LaunchConfig(Section):
@@ -618,8 +691,9 @@ class Config(Section):
             )
         if self.launch.launcher == "local" and self.engine.kind == "deepspeed":
             raise ValueError("launch.launcher=local is one plain process; leave out engine.kind=deepspeed or use ray")
-        if self.launch.launcher == "local" and self.engine.zero_stage is not None:
-            raise ValueError("engine.zero_stage has no effect with launch.launcher=local; leave it out or use ray")
+        for name, given in self.engine.deepspeed_settings().items():
+            if self.launch.launcher == "local" and given:
+                raise ValueError(f"engine.{name} has no effect with launch.launcher=local; leave it out or use ray")
         return self
 
 
@@ -639,17 +713,6 @@ def dump(config: Section) -> dict[str, Any]:
 def to_yaml(config: Section) -> str:
     """The config as YAML that ``--config`` reads back to an equal config."""
     return yaml.safe_dump(dump(config), sort_keys=False, width=120)
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one level of dotted keys: ``{"a": {"b": 1}}`` becomes ``{"a.b": 1}``."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(cast("Mapping[str, Any]", value), f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def options(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -745,6 +808,8 @@ def annotation_name(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         return "{" + ",".join(str(value) for value in arguments) + "}"
+    if origin is dict:
+        return "{KEY:VALUE,...}"
     if origin is Annotated:
         return annotation_name(arguments[0])
     if origin is tuple:

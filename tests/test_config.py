@@ -40,6 +40,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "data.latent_shape": st.builds(lambda channels, half: [channels, 2 * half, 2 * half], *[st.integers(1, 99)] * 2),
     "objective.decay.family": st.sampled_from(["constant", "linear", "truncated", "piecewise"]),
     "engine.zero_stage": st.none() | st.integers(0, 3),
+    "engine.deepspeed": st.just({}) | st.just({"zero_optimization": {"overlap_comm": True}, "dump_state": False}),
     "evaluation.sampler.step_size": st.floats(1e-9, 1e3),
 }  # no two of them contradict each other, whatever the values
 
@@ -248,6 +249,33 @@ def test_one_sentence_for_several_wrong_values() -> None:
         ({"launch.launcher": "local", "engine.kind": "deepspeed"}, "launch.launcher=local is one plain process"),
         ({"track.mlflow_uri": "http://me:secret@host"}, "mlflow_uri must not hold a password"),
         ({"objective.energy": "dot", "engine.zero_stage": 3}, "use engine.zero_stage 0, 1 or 2"),
+        (
+            {"objective.energy": "dot", "train.activation_checkpointing": True},
+            "needs all activations for both passes; use train.activation_checkpointing=false",
+        ),
+        ({"engine.kind": "torch", "engine.offload": "cpu"}, "offload=cpu has no effect on the torch engine"),
+        ({"launch.launcher": "local", "engine.offload": "cpu"}, "engine.offload has no effect with launch.launcher"),
+        ({"engine.zero_stage": 0, "engine.offload": "cpu"}, "offload=cpu needs a state that is partitioned"),
+        ({"engine.offload": "nvme"}, "would keep the state in files of DeepSpeed's that our checkpoints cannot see"),
+        ({"engine.kind": "torch", "engine.deepspeed": {"dump_state": True}}, "has no effect on the torch engine"),
+        (
+            {"engine.deepspeed": {"zero_optimization": {"stage": 1}}},
+            "deepspeed.zero_optimization.stage is what engine.zero_stage is for; use that and leave this out",
+        ),
+        (
+            {"engine.deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}},
+            "deepspeed.zero_optimization.offload_optimizer.device is what engine.offload is for",
+        ),
+        ({"engine.deepspeed": {"train_batch_size": 8}}, "deepspeed.train_batch_size is what train.global_batch is for"),
+        ({"engine.deepspeed": {"bf16": {"enabled": True}}}, "deepspeed.bf16.enabled is what train.precision is for"),
+        ({"engine.deepspeed": {"elasticity": {"enabled": True}}}, "is none of what can be passed on (zero_optim"),
+        (
+            {"engine.deepspeed": {"zero_optimisation": {}}},
+            "deepspeed.zero_optimisation is none of what can be passed on",
+        ),
+        ({"engine.deepspeed": 3}, "engine.deepspeed: should be a valid dictionary, got 3"),
+        ({"train.guard.spike_factor": 5}, "spike_factor has no effect with skip=non_finite; leave it out or use skip="),
+        ({"train.guard.skip": "none", "train.guard.max_skips": 5}, "max_skips has no effect with skip=none"),
         ({"launch.launcher": "local", "engine.zero_stage": 0}, "engine.zero_stage has no effect with launch.launcher"),
         (
             {"evaluation.sampler.name": "gd", "evaluation.sampler.momentum": 0.3},
@@ -329,6 +357,14 @@ def test_a_file_may_nest_keys_or_dot_them(tmp_path: Path) -> None:
         "evaluation.sampler.name": "nag",
     }
     assert with_overrides(digits(), values).evaluation.sampler.step_size == 1e-3
+
+
+def test_a_mapping_is_one_value(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("engine: {zero_stage: 3, deepspeed: {zero_optimization: {sub_group_size: 1000}}}\n")
+    values = read_yaml(str(file))
+    assert values == {"engine.zero_stage": 3, "engine.deepspeed": {"zero_optimization": {"sub_group_size": 1000}}}
+    assert with_overrides(digits(), values).engine.deepspeed == values["engine.deepspeed"]
 
 
 # --- keys and presets ---

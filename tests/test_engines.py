@@ -8,6 +8,7 @@ import torch
 
 from eqm_dist.build import OpenRun, build_model, build_run
 from eqm_dist.config import Config, with_overrides
+from eqm_dist.errors import ConfigError
 from eqm_dist.open_run import open_run
 from eqm_dist.presets import digits
 from eqm_dist.track.jsonl import read_metrics
@@ -20,6 +21,17 @@ STEPS, HALF = 20, 10
 # 3 workers do not divide the batch. Two micro-batches, so that accumulation is part of the comparison.
 GLOBAL_BATCH, MICRO_BATCH = 10, 3
 ENGINES = {"torch": {"engine.kind": "torch"}} | {f"zero{stage}": {"engine.zero_stage": stage} for stage in range(4)}
+
+# Ways to hold the state that the stages allow besides.
+VARIANTS = {
+    f"zero{stage} in host memory": {"engine.zero_stage": stage, "engine.offload": "cpu"} for stage in (1, 2, 3)
+} | {
+    # Several flat partitions and no parameter that stays gathered, which else only large models have.
+    "zero3 in pieces": {
+        "engine.zero_stage": 3,
+        "engine.deepspeed": {"zero_optimization": {"sub_group_size": 3000, "stage3_param_persistence_threshold": 0}},
+    }
+}
 
 # The runs differ in the order of fp32 sums: of gradients over ranks and micro-batches, and in the blocking of matrix
 # products. Each is off by some 1e-7 of its value, and Adam's division by the root of the second moment passes that on
@@ -145,13 +157,45 @@ def _copy_run(source: Path, target: Path, name: str) -> None:
     file.write_text(file.read_text().replace(str(source), str(target)))
 
 
+def run_in_parts(rank: int, runs: list[list[OpenRun]], ends: list[int | None]) -> list[Curve | None]:
+    """Each run in several parts, one after another: the same run directory under one engine after another."""
+    return [[_run(rank, part, end) for part, end in zip(parts, ends, strict=True)][-1] for parts in runs]
+
+
+def test_offload_and_raw_keys_change_no_number_and_no_checkpoint(reference: Curve, tmp_path: Path) -> None:
+    pairs = {f"{name}, then plain": (engine, ENGINES["torch"]) for name, engine in VARIANTS.items()} | {
+        f"plain, then {name}": (ENGINES["torch"], engine) for name, engine in VARIANTS.items()
+    }
+    runs = [
+        [open_run(config(tmp_path, f"run{at}", **engine)) for engine in engines]
+        for at, engines in enumerate(pairs.values())
+    ]
+    curves = run_ranks(2, run_in_parts, runs, [HALF, None])[0]
+    for name, curve in zip(pairs, curves, strict=True):
+        assert_same(curve, reference, name)
+
+
+@pytest.mark.slow
+def test_two_then_one_then_three_workers_under_any_stages_are_one_run(reference: Curve, tmp_path: Path) -> None:
+    stages = [(1, 1, 1), (2, 2, 2), (3, 3, 3), (1, 3, 2), (3, 2, 1), (2, 1, 3)]
+    curves: list[Curve | None] = []
+    for part, (world, end) in enumerate([(2, 7), (1, 14), (3, None)]):
+        runs = [open_run(config(tmp_path, f"run{at}", **ENGINES[f"zero{run[part]}"])) for at, run in enumerate(stages)]
+        curves = run_ranks(world, run_engines, runs, end)[0]
+    for run, curve in zip(stages, curves, strict=True):
+        assert_same(curve, reference, f"2, 1 and 3 workers under ZeRO {run}")
+
+
 @pytest.mark.parametrize("energy", ["dot", "l2"])
 def test_an_explicit_energy_trains_alike_under_every_engine_that_takes_it(energy: str, tmp_path: Path) -> None:
     # The keys' biases have no gradient in exact arithmetic (softmax ignores a shift). What is left is rounding, 1e-7,
     # which Adam with its usual eps would blow up into whole steps; this eps keeps it as small as it is.
     overrides = {"objective.energy": energy, "model.zero_init": False, "optimizer.eps": 1e-4}
-    names = ["torch", "zero0", "zero1", "zero2"]
-    runs = [open_run(config(tmp_path, name, **ENGINES[name], **overrides)) for name in names]
+    names = ["torch", "zero0", "zero1", "zero2", "zero2 in host memory"]
+    runs = [
+        open_run(config(tmp_path, name.replace(" ", "-"), **{**ENGINES, **VARIANTS}[name], **overrides))
+        for name in names
+    ]
     plain, *others = run_ranks(2, run_engines, runs, None)[0]
     for name, curve in zip(names[1:], others, strict=True):
         assert_same(curve, plain, f"{energy} under {name}")
@@ -187,3 +231,18 @@ def test_bf16_is_the_same_under_both_engines(tmp_path: Path) -> None:
     plain, zero = run_ranks(1, run_engines, runs, None)[0]
     # Same autocast, same products; only the fp32 update differs in its order of operations.
     assert_same(zero, plain, "zero2 in bf16")
+
+
+def test_what_deepspeed_refuses_is_one_sentence(tmp_path: Path) -> None:
+    raw = {"zero_optimization": {"mics_shard_size": 2}}  # removed from DeepSpeed
+    for each in (raw, {"zero_optimization": {"no_such_key": 1}}):
+        opened = open_run(config(tmp_path, "run", **{"engine.deepspeed": each}))
+        (message,) = run_ranks(1, refusal, opened)
+        assert message.startswith("engine.deepspeed must be what DeepSpeed ")
+        assert str(each) in message
+
+
+def refusal(rank: int, opened: OpenRun) -> str:
+    with pytest.raises(ConfigError) as raised:
+        build_run(opened, torch.device("cpu"))
+    return str(raised.value)

@@ -5,14 +5,16 @@ checkpoints, which lose the averages or refuse another number of workers (docs/d
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from eqm_dist.data.loader import Batch
+from eqm_dist.errors import ConfigError
 from eqm_dist.train.distributed import rank, world_size
 from eqm_dist.train.engine import WEIGHT, Accepts, Fragment, Observe, Precision
 from eqm_dist.train.optimizer import EmaAdamW
@@ -22,16 +24,26 @@ from eqm_dist.train.step import Objective
 def deepspeed_config(
     *,
     zero_stage: int,
+    offload: bool,
     precision: Precision,
     micro_batch: int,
     grad_accum: int,
     world_size: int,
     gradient_clip: float | None,
+    more: Mapping[str, Any],
 ) -> dict[str, Any]:
     """DeepSpeed's JSON, derived from ours; nobody writes these numbers twice.
 
     The batch sizes are nominal: DeepSpeed wants them consistent but never sees a loader, and the engine scales
     losses itself, so a batch need not divide by the workers.
+
+    Args:
+        zero_stage: 0 to 3.
+        offload: keep the optimizer's state in host memory.
+        precision: of the forward and backward pass.
+        micro_batch, grad_accum, world_size: of the nominal batch.
+        gradient_clip: largest norm of the gradient.
+        more: keys of DeepSpeed's own, merged in; the config has refused those that would contradict.
     """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -46,10 +58,21 @@ def deepspeed_config(
     if zero_stage > 0:
         # The defaults (5e8 elements) reserve 2 GB a buffer: more than a whole XL/2 needs.
         config["zero_optimization"] |= {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
+    if offload:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        config["zero_force_ds_cpu_optimizer"] = False  # its own Adam keeps no averages
     if precision == "bf16":
         # Autocast inside DeepSpeed; no module is named, so that gradients are still summed in fp32.
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    return config
+    return _merged(config, more)
+
+
+def _merged(config: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(config)
+    for key, value in more.items():
+        inner = merged.get(key)
+        merged[key] = _merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+    return merged
 
 
 class DeepSpeedEngine:
@@ -62,14 +85,17 @@ class DeepSpeedEngine:
         *,
         device: torch.device,
         zero_stage: int,
+        offload: bool = False,
         precision: Precision = "fp32",
         gradient_clip: float | None = None,
         micro_batch: int = 1,
         grad_accum: int = 1,
+        more: Mapping[str, Any] | None = None,
     ) -> None:
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
+        from deepspeed.runtime.config import DeepSpeedConfigError
 
         # The shared-memory op would be compiled at the first start, which fails on a machine without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -82,13 +108,21 @@ class DeepSpeedEngine:
         self._base = optimizer
         config = deepspeed_config(
             zero_stage=zero_stage,
+            offload=offload,
             precision=precision,
             micro_batch=micro_batch,
             grad_accum=grad_accum,
             world_size=world_size(),
             gradient_clip=gradient_clip,
+            more=more or {},
         )
-        engine, zero, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
+        try:
+            engine, zero, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
+        except (DeepSpeedConfigError, ValidationError) as error:
+            raise ConfigError(
+                f"engine.deepspeed must be what DeepSpeed {deepspeed.__version__} takes, got {dict(more or {})}, which"
+                f" it refuses ({' '.join(str(error).split())[:300]}); correct it or leave it out."
+            ) from None
         self._engine: Any = engine
         self._zero: Any = zero
         optimizer.initialize_state(self._flat_weights())
