@@ -32,6 +32,8 @@ from eqm_dist.train.state import TrainState
 CHUNK_BYTES = 4 << 20
 LONG_WAIT_S = 1.0
 """A save that has to wait longer than this for the one before says so."""
+LAST_WAIT_S = 120.0
+"""A run that ends with an error waits at most so long for its save: the rank that it agrees with may be gone."""
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ logger = logging.getLogger(__name__)
 class Saver:
     """Saves one run, a checkpoint at a time. Every rank has one, made and called at the same steps.
 
-    As a context it waits, however the block ends, until nothing is being written.
+    As a context it waits, however the block ends, for what is being written.
 
     Args:
         checkpoints: where they go.
@@ -121,9 +123,9 @@ class Saver:
         """Whether this rank has written what it was to write."""
         return self._pending is None or self._pending.done()
 
-    def wait(self) -> None:
-        """Until this rank is done."""
-        wait([self._pending] if self._pending else [])
+    def wait(self, longest_s: float | None = None) -> None:
+        """Until this rank is done, or not so long."""
+        wait([self._pending] if self._pending else [], longest_s)
 
     def settle(self) -> None:
         """Wait for the save in flight, if any; tell ``on_checkpoint`` of it, or count it as failed. A collective.
@@ -163,7 +165,7 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is None:
             self.finish()
-        self.wait()
+        self.wait(LAST_WAIT_S)
 
     def _final(self, failure: StorageError) -> StorageError:
         latest = from_rank_zero(self._checkpoints.latest())
