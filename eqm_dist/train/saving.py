@@ -10,7 +10,10 @@ same time (docs/decisions/0012).
 import hashlib
 import json
 import logging
+import os
 import shutil
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -30,6 +33,7 @@ from eqm_dist.train.engine import Engine, Fragment
 from eqm_dist.train.state import TrainState
 
 CHUNK_BYTES = 4 << 20
+NICENESS = 10
 LONG_WAIT_S = 1.0
 """A save that has to wait longer than this for the one before says so."""
 LAST_WAIT_S = 120.0
@@ -78,7 +82,7 @@ class Saver:
         self._on_whole = on_whole
         self._on_checkpoint = on_checkpoint
         self._group = background_group()
-        self._thread = ThreadPoolExecutor(1, "saver")
+        self._thread = ThreadPoolExecutor(1, "saver", _be_nice)
         self._copier = ThreadPoolExecutor(1, "copier")
         self._step = 0
         self._pending: Future[StorageError | None] | None = None
@@ -309,6 +313,12 @@ def _bytes(head: bytes, values: Iterable[Tensor]) -> Iterator[memoryview]:
     for tensor in values:
         assert tensor.dtype == torch.float32
         yield tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _be_nice() -> None:
+    """Leave the cores to training where there are too few; on Linux a thread has a priority of its own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 def _clear(path: Path) -> dict[str, Any]:
