@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from eqm_dist.open_run import open_run
 from eqm_dist.track.jsonl import read_metrics
 from eqm_dist.train.checkpoint import EMA_FILE, MARKER, read_marker, verify_file
 from eqm_dist.train.loop import Run, train
-from eqm_dist.train.saving import write_tensors
+from eqm_dist.train.saving import Saver, write_tensors
 from eqm_dist.train.state import TrainState
 from tests import tiny
 from tests.distributed import run_ranks
@@ -77,8 +77,11 @@ def no_file_larger_than(size: int) -> Iterator[None]:
 # --- the state of its step ---
 
 
-def test_what_is_saved_is_the_state_of_its_step_though_training_went_on(shards: Path, tmp_path: Path) -> None:
-    run = start(tiny.config(tmp_path, shards))
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_is_saved_is_the_state_of_its_step_though_training_went_on(
+    device: str, shards: Path, tmp_path: Path
+) -> None:
+    run = build_run(open_run(tiny.config(tmp_path, shards)), torch.device(device))
     for step in (1, 2):  # the second time in buffers that were used before
         fill(run, step)
         held = threading.Event()
@@ -328,11 +331,14 @@ def test_failed_saves_are_warned_of_and_counted_in_the_record(
     assert [line["checkpoint/failed_saves"] for line in read_metrics(tmp_path / "tiny/metrics.jsonl")] == [1] * 6
 
 
-def test_the_last_save_must_not_fail(shards: Path, tmp_path: Path) -> None:
-    run = start(tiny.config(tmp_path, shards))
-    good = "there is no earlier checkpoint"
-    with no_file_larger_than(1000), pytest.raises(StorageError, match=f"Saving step 6 .* {good}"), run.saver:
-        run.saver.begin(TrainState(6))
+@pytest.mark.parametrize("settle", [lambda saver: None, Saver.settle], ids=["in flight", "settled"])
+def test_the_last_save_must_not_fail(settle: Callable[[Saver], None], shards: Path, tmp_path: Path) -> None:
+    saver = start(tiny.config(tmp_path, shards)).saver
+    with no_file_larger_than(1000):
+        saver.begin(TrainState(6))
+        settle(saver)
+        with pytest.raises(StorageError, match=r"Saving step 6 .* there is no earlier checkpoint"), saver:
+            pass
 
 
 def test_an_error_of_any_other_kind_is_a_failed_save_too(

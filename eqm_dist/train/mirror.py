@@ -28,8 +28,8 @@ REPORT = re.compile(
 RECORD = "mlflow.json"
 """Where the run is recorded; copied too, but only the driver can tell whether that is of use elsewhere."""
 STEP = re.compile(r"step_\d+")
-DOWNLOADS = 4
-"""Files fetched at once."""
+TRANSFERS = 4
+"""Files copied or fetched at once."""
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +124,10 @@ class Mirror:
 
     def _copy(self, opened: "_OpenCheckpoint") -> None:
         self._places.remove(f"{opened.name}/{MARKER}")  # of an earlier attempt: its files are about to be replaced
-        for name, file in opened.files.items():
-            self._places.upload(f"{opened.name}/{name}", file)
+        with ThreadPoolExecutor(TRANSFERS, thread_name_prefix="mirror") as threads:
+            list(
+                threads.map(lambda name: self._places.upload(f"{opened.name}/{name}", opened.files[name]), opened.files)
+            )
         self._copy_reports()  # before the marker: who resumes there finds the metrics up to there
         self._places.write(f"{opened.name}/{MARKER}", opened.marker)
 
@@ -229,7 +231,7 @@ class Mirror:
                     f" {expected[:12]}..."
                 )
 
-        with ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="mirror") as threads:
+        with ThreadPoolExecutor(TRANSFERS, thread_name_prefix="mirror") as threads:
             list(threads.map(fetch, marker["files"]))
         return content
 

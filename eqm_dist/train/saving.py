@@ -86,6 +86,7 @@ class Saver:
         self._copier = ThreadPoolExecutor(1, "copier")
         self._step = 0
         self._pending: Future[StorageError | None] | None = None
+        self._failure: StorageError | None = None
         self._failed_in_a_row = 0
         self.failed = 0
         """Saves that failed since this process began."""
@@ -139,18 +140,18 @@ class Saver:
         """
         if self._pending is None:
             return
-        failure, self._pending = self._pending.result(), None
-        if failure is None:
+        self._failure, self._pending = self._pending.result(), None
+        if self._failure is None:
             self._failed_in_a_row = 0
             self._on_checkpoint(self._checkpoints.path(self._step), self._step)
             return
         self.failed += 1
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= self._max_failed:
-            raise self._final(failure)
+            raise self._final(self._failure)
         if rank() == 0:
             logger.warning("warning: %s Training goes on, and the next checkpoint is tried; failed saves in a row: %d,"
-                           " the run ends at %d", failure, self._failed_in_a_row, self._max_failed)  # fmt: skip
+                           " the run ends at %d", self._failure, self._failed_in_a_row, self._max_failed)  # fmt: skip
 
     def finish(self) -> None:
         """Settle what is left. A collective.
@@ -158,7 +159,7 @@ class Saver:
         Raises:
             StorageError: the last save failed.
         """
-        failure = self._pending.result() if self._pending else None
+        failure = self._pending.result() if self._pending else self._failure
         if failure is not None:
             raise self._final(failure)
         self.settle()
