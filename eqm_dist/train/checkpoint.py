@@ -16,6 +16,7 @@ import logging
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,18 +158,20 @@ class Checkpoints:
         """Remove the checkpoints of later steps, which are done again; the newest first, should that be cut short."""
         for path in reversed(self.whole()):
             if step_of(path.name) > step:
-                _remove(path)
+                remove(path)
 
     def retire(self) -> None:
         """Remove the checkpoints that are not to be kept, and what killed saves and removals left behind."""
         kept = {self.path(step) for step in self.kept(self.steps())}
         for old in set(self.directory.glob("step_*")) - kept:
-            _remove(old)
+            remove(old)
 
 
-def _remove(checkpoint: Path) -> None:
-    (checkpoint / MARKER).unlink(missing_ok=True)  # first: a half-removed checkpoint is not a checkpoint
-    shutil.rmtree(checkpoint, ignore_errors=True)
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, whole or not, as far as the disk lets us."""
+    with suppress(OSError):
+        (checkpoint / MARKER).unlink(missing_ok=True)  # first: a half-removed checkpoint is not a checkpoint
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def step_of(name: str) -> int:

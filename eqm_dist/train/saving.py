@@ -1,10 +1,12 @@
-"""Saving while training goes on: the training thread stalls only for the copy of its state to host memory.
+"""Saving while training goes on: an update waits at most for the copy of the state to host memory.
 
-    training thread   copy this rank's state | train on ...                                    | settle: tell who waits
-    background                               | write, hash, sync this rank's file | rank 0: average, config, marker
+    training     begin | forward, backward | update | train on ...                      | settle: tell who waits for it
+    copying            | this rank's state |
+    background                             | write, hash, sync this rank's file | rank 0: average, config, marker
 
-Ranks agree in the background through a process group of its own, for the training threads use the default one at the
-same time (docs/decisions/0012).
+The state changes only in an update, so its copy overlaps with the passes before the next one. Ranks agree in the
+background through a process group of its own, for the training threads use the default one at the same time
+(docs/decisions/0012).
 """
 
 import hashlib
@@ -27,13 +29,14 @@ from torch import Tensor
 
 from eqm_dist.data.storage import atomic_write, fsync_directory, storage_errors, whole_file
 from eqm_dist.errors import EqmDistError, StorageError
-from eqm_dist.train.checkpoint import CONFIG_FILE, EMA_FILE, FORMAT, MARKER, Checkpoints, fill, read_pieces
+from eqm_dist.train.checkpoint import CONFIG_FILE, EMA_FILE, FORMAT, MARKER, Checkpoints, fill, read_pieces, remove
 from eqm_dist.train.distributed import background_group, from_rank_zero, gather_objects, rank, world_size
 from eqm_dist.train.engine import Engine, Fragment
 from eqm_dist.train.state import TrainState
 
 CHUNK_BYTES = 4 << 20
 NICENESS = 10
+"""Of the thread that writes: where cores are short, training comes first."""
 LONG_WAIT_S = 1.0
 """A save that has to wait longer than this for the one before says so."""
 LAST_WAIT_S = 120.0
@@ -213,7 +216,7 @@ class Saver:
             self._together(step, lambda: self._complete(path, state, files))
         except StorageError as error:
             if rank() == 0:
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)
             return error
         if rank() == 0:
             seconds = time.perf_counter() - began
@@ -317,7 +320,7 @@ def _bytes(head: bytes, values: Iterable[Tensor]) -> Iterator[memoryview]:
 
 
 def _be_nice() -> None:
-    """Leave the cores to training where there are too few; on Linux a thread has a priority of its own."""
+    # Only on Linux does a thread have a priority of its own.
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
