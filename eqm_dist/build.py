@@ -63,6 +63,7 @@ from eqm_dist.train.evaluations import SCORE, Evaluations
 from eqm_dist.train.grad_norms import GradientNorms
 from eqm_dist.train.guard import Guard
 from eqm_dist.train.loop import Run
+from eqm_dist.train.memory import model_state_bytes
 from eqm_dist.train.meters import peak_flops
 from eqm_dist.train.mirror import Mirror
 from eqm_dist.train.optimizer import EmaAdamW, ema_key
@@ -349,6 +350,7 @@ def derived_numbers(config: Config) -> dict[str, str]:
         "steps": f"{config.train.steps:,}",
         "images": f"{config.train.steps * config.train.global_batch:,}",
         "checkpoint": f"{checkpoint:,} bytes ({checkpoint / 2**30:.2f} GiB), {config.checkpoint.keep} kept",
+        "model state": _model_state(config, trained),
         "training cost": f"{training_flops_per_image(macs) / 1e9:.3f} GFLOP per image ({macs / 1e9:.3f} GMAC forward)",
         "run directory": str(runs_root(config.run.root) / config.run.name),
     }
@@ -356,6 +358,18 @@ def derived_numbers(config: Config) -> dict[str, str]:
     if bound is not None:
         numbers["largest stable step"] = f"{bound:.4g} (plain descent near data; evaluation.sampler.step_size)"
     return numbers
+
+
+def _model_state(config: Config, trained: int) -> str:
+    """What a worker holds of weights, moments, averages and gradient; of elastic workers, when they are fewest."""
+    workers = config.launch.workers or 1
+    if not isinstance(workers, int):
+        workers = min(workers)
+    plain = config.engine.kind == "torch" or config.launch.launcher == "local"
+    stage = 0 if plain else _zero_stage(config)
+    size = model_state_bytes(trained, len(config.optimizer.ema_decays), stage, workers)
+    how = "plain" if plain else f"ZeRO {stage}"
+    return f"{size:,} bytes ({size / 2**30:.2f} GiB) on each of {workers} worker{'s' * (workers > 1)}, {how}"
 
 
 def step_size_warning(config: Config) -> str | None:
@@ -454,6 +468,10 @@ def _build_weighting(config: Config, decay: Decay, path: GammaPath) -> Weighting
     return None
 
 
+def _zero_stage(config: Config) -> int:
+    return 2 if config.engine.zero_stage is None else config.engine.zero_stage
+
+
 def _build_guard(guard: GuardConfig) -> Guard | None:
     if guard.skip == "none":
         return None
@@ -486,12 +504,11 @@ def _build_engine(
         return TorchEngine(objective, optimizer, **common)
     from eqm_dist.train.deepspeed_engine import DeepSpeedEngine  # seconds to import, and not needed above
 
-    stage = 2 if config.engine.zero_stage is None else config.engine.zero_stage
     return DeepSpeedEngine(
         objective,
         optimizer,
         **common,
-        zero_stage=stage,
+        zero_stage=_zero_stage(config),
         offload=config.engine.offload == "cpu",
         micro_batch=micro_batch,
         grad_accum=grad_accum,

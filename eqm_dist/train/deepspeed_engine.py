@@ -23,6 +23,7 @@ from eqm_dist.train.step import Objective
 
 def deepspeed_config(
     *,
+    parameters: int,
     zero_stage: int,
     offload: bool,
     precision: Precision,
@@ -38,6 +39,7 @@ def deepspeed_config(
     losses itself, so a batch need not divide by the workers.
 
     Args:
+        parameters: how many are trained.
         zero_stage: 0 to 3.
         offload: keep the optimizer's state in host memory.
         precision: of the forward and backward pass.
@@ -56,8 +58,9 @@ def deepspeed_config(
         "steps_per_print": None,
     }
     if zero_stage > 0:
-        # The defaults (5e8 elements) reserve 2 GB a buffer: more than a whole XL/2 needs.
-        config["zero_optimization"] |= {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
+        # The defaults (5e8 elements) reserve 2 GB a buffer, more than a whole XL/2 needs, however small the model is.
+        bucket = min(parameters, 50_000_000)
+        config["zero_optimization"] |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if offload:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         config["zero_force_ds_cpu_optimizer"] = False  # its own Adam keeps no averages
@@ -107,6 +110,7 @@ class DeepSpeedEngine:
         self._names: dict[Any, str] = {param: name for name, param in objective.trained_parameters().items()}
         self._base = optimizer
         config = deepspeed_config(
+            parameters=sum(param.numel() for param in self._names),
             zero_stage=zero_stage,
             offload=offload,
             precision=precision,
