@@ -1,7 +1,7 @@
 """The guard: harmful updates leave no trace, and a run that goes back is the run that never met those batches."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from eqm_dist.data.loader import Batch
 from eqm_dist.errors import NonFiniteLossError
 from eqm_dist.open_run import open_run
 from eqm_dist.track.jsonl import read_metrics
+from eqm_dist.train.checkpoint import EMA_FILE
 from eqm_dist.train.guard import Guard
 from eqm_dist.train.loop import Run, train
 from eqm_dist.train.state import TrainState
@@ -42,7 +43,7 @@ class Batches:
     loader: Any
     factors: dict[int, float]
     left_out: tuple[int, ...] = ()
-    crash_at: int | None = None
+    meet: Callable[[int], None] = lambda number: None
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         numbers = iter(number for number in range(10_000) if number not in self.left_out)
@@ -50,8 +51,7 @@ class Batches:
             if first > 0:
                 first -= 1
                 continue
-            if number == self.crash_at:
-                raise KeyboardInterrupt
+            self.meet(number)
             batch = self.loader.batch(number)
             factor = torch.where(batch.positions == number * BATCH, self.factors.get(number, 1.0), 1.0)
             yield replace(batch, moments=batch.moments * factor[:, None, None, None, None])
@@ -168,9 +168,13 @@ def test_a_run_that_goes_back_is_the_run_without_those_batches(shards: Path, tmp
 def test_a_run_that_is_killed_around_its_return_ends_as_the_uninterrupted_one(
     crash_at: int, shards: Path, tmp_path: Path
 ) -> None:
+    def crash(number: int) -> None:
+        if number == crash_at:
+            raise KeyboardInterrupt
+
     reference = trained(tmp_path / "a", shards, {"factors": BAD})
     with pytest.raises(KeyboardInterrupt):
-        train(start(tmp_path / "b", shards, {"factors": BAD, "crash_at": crash_at}))
+        train(start(tmp_path / "b", shards, {"factors": BAD, "meet": crash}))
     run = trained(tmp_path / "b", shards, {"factors": BAD})
     assert_same(run, reference)
     assert run.state == reference.state
@@ -185,6 +189,18 @@ def test_where_it_goes_back_to_does_not_hang_on_a_save_out_of_turn(shards: Path,
     run = trained(tmp_path / "b", shards, {"factors": BAD})
     assert_same(run, reference)
     assert run.checkpoints.steps() == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_damaged_checkpoint_is_gone_back_behind(shards: Path, tmp_path: Path) -> None:
+    def damage(number: int) -> None:
+        if number == 7:
+            (tmp_path / "tiny" / "checkpoints" / "step_00000004" / EMA_FILE).write_bytes(b"")
+
+    run = trained(tmp_path, shards, {"factors": BAD, "meet": damage})
+    # After step 8 it is back at step 2, where batch 8 is next.
+    assert (run.state.rollbacks, run.state.passed_over) == (1, 6)
+    assert (tmp_path / "tiny" / "checkpoints" / "damaged-step_00000004").exists()
+    assert [at for at, loss in enumerate(losses(run, tmp_path), 1) if loss is None] == [3]
 
 
 def test_a_run_that_is_not_helped_by_going_back_ends(shards: Path, tmp_path: Path) -> None:

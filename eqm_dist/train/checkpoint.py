@@ -96,15 +96,22 @@ class Checkpoints:
         """The newest whole checkpoint."""
         return next(reversed(self.whole()), None)
 
-    def resume(self, engine: Engine, shapes: Mapping[str, torch.Size]) -> TrainState:
+    def resume(
+        self, engine: Engine, shapes: Mapping[str, torch.Size], among: Callable[[int], bool] = lambda step: True
+    ) -> TrainState:
         """Load the newest checkpoint that is not damaged, or begin at step 0 if there is none at all. A collective.
 
         Damaged ones that are newer are named in the log and set aside, so that their steps can be saved again.
 
+        Args:
+            engine: receives the state.
+            shapes: shape of each trained parameter by name.
+            among: the steps that count.
+
         Raises:
             CheckpointError: all are damaged, or the newest other one is not of this run.
         """
-        found = from_rank_zero(self.whole())
+        found = from_rank_zero([path for path in self.whole() if among(step_of(path.name))])
         damaged: list[tuple[Path, DamagedCheckpointError]] = []
         for path in reversed(found):
             try:

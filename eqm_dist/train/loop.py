@@ -17,7 +17,7 @@ from eqm_dist.data.loader import Batch, Loader
 from eqm_dist.errors import NonFiniteLossError
 from eqm_dist.logs import clock
 from eqm_dist.train.checkpoint import Checkpoints, whole_state
-from eqm_dist.train.distributed import from_rank_zero, rank
+from eqm_dist.train.distributed import rank
 from eqm_dist.train.engine import Engine
 from eqm_dist.train.evaluations import Evaluations
 from eqm_dist.train.grad_norms import GradientNorms
@@ -214,16 +214,16 @@ def _go_back(run: Run) -> None:
     assert guard is not None
     run.saver.settle()
     good = state.step - state.skipped_in_a_row
-    steps = [step for step in run.checkpoints.steps() if step <= good and step % run.save_every == 0]
-    step = from_rank_zero(max(steps, default=None))
-    saved = None if step is None else run.checkpoints.load(run.checkpoints.path(step), run.engine, run.shapes)
-    if saved is None or state.rollbacks - saved.rollbacks == guard.max_rollbacks:
+    saved = run.checkpoints.resume(run.engine, run.shapes, lambda step: step <= good and step % run.save_every == 0)
+    if saved.step == 0 or state.rollbacks - saved.rollbacks == guard.max_rollbacks:
         raise NonFiniteLossError(
             f"The gradient was NaN, infinite or far too large in {guard.max_skips} updates in a row up to step"
             f" {state.step:,}, and {_what_helped_not(run, saved)}. " + _ADVICE
         )
     if rank() == 0:
-        logger.warning("warning: skipped %d updates in a row; going back to step %s", guard.max_skips, f"{step:,}")
+        logger.warning(
+            "warning: skipped %d updates in a row; going back to step %s", guard.max_skips, f"{saved.step:,}"
+        )
         run.checkpoints.forget(saved.step)
         run.evaluations.restart(saved.step)
     if run.tracker is not None:
@@ -231,8 +231,8 @@ def _go_back(run: Run) -> None:
     state.go_back(saved)
 
 
-def _what_helped_not(run: Run, saved: TrainState | None) -> str:
-    if saved is None:
+def _what_helped_not(run: Run, saved: TrainState) -> str:
+    if saved.step == 0:
         return "there is no checkpoint of an earlier step"
     tries = run.state.rollbacks - saved.rollbacks
     return f"going back to {run.checkpoints.path(saved.step)} did not help ({tries} times)"
