@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from eqm_dist.open_run import open_run
 from eqm_dist.track.jsonl import read_metrics
 from eqm_dist.train.checkpoint import EMA_FILE, MARKER, read_marker, verify_file
 from eqm_dist.train.loop import Run, train
-from eqm_dist.train.saving import Saver, write_tensors
+from eqm_dist.train.saving import Saver, _be_nice, write_tensors
 from eqm_dist.train.state import TrainState
 from tests import tiny
 from tests.distributed import run_ranks
@@ -390,3 +391,16 @@ def test_what_is_written_is_what_safetensors_reads(
     with safe_open(path, framework="pt") as reader:
         assert (int.from_bytes(path.read_bytes()[:8], "little") + 8) % 8 == 0
         assert set(reader.keys()) == set(tensors)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_the_writer_never_takes_a_higher_priority_than_its_process_has() -> None:
+    def niceness(before: int) -> int:
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, before)
+        _be_nice()
+        return os.getpriority(os.PRIO_PROCESS, thread)
+
+    for before, after in ((3, 13), (15, 19)):  # 15 is what Ray gives its workers, and only root may lower it
+        with ThreadPoolExecutor(1) as thread:
+            assert thread.submit(niceness, before).result() == after

@@ -5,6 +5,8 @@ run. Where the process of such a task dies, Ray 2.60 ends the training, so the t
 does the work, and turns whatever becomes of that into a record.
 """
 
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -67,8 +69,10 @@ def _guarded(checkpoint: Checkpoint, **task: Any) -> dict[str, float]:
         return {"failed": 1.0}
 
 
-@ray.remote
+@ray.remote(max_calls=1)  # then its process ends, for it would stay idle
 def _evaluate(packed: dict[str, Any], step: int) -> dict[str, float]:
+    if sys.platform == "linux":  # where training has more threads than cores, it goes first
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     opened = unpack(packed)
     checkpoints, evaluations = build_checkpoints(opened)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

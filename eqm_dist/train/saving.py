@@ -320,9 +320,11 @@ def _bytes(head: bytes, values: Iterable[Tensor]) -> Iterator[memoryview]:
 
 
 def _be_nice() -> None:
-    # Only on Linux does a thread have a priority of its own.
+    """Leave the cores to training where there are too few; on Linux a thread has a priority of its own."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        thread = threading.get_native_id()
+        niceness = os.getpriority(os.PRIO_PROCESS, thread) + NICENESS  # that of Ray's workers is 15 already
+        os.setpriority(os.PRIO_PROCESS, thread, min(niceness, 19))
 
 
 def _clear(path: Path) -> dict[str, Any]:
