@@ -53,6 +53,7 @@ from eqm_dist.evaluate.images import TrainingImages
 from eqm_dist.models.autoencoder import Autoencoder, IdentityAutoencoder, load_autoencoder
 from eqm_dist.models.sit import SiT
 from eqm_dist.models.sizes import SIZES, forward_macs, parameter_count, training_flops_per_image
+from eqm_dist.track.attempts import Attempts, CountingTracker
 from eqm_dist.track.composite import CompositeTracker
 from eqm_dist.track.jsonl import JsonlTracker, read_metrics
 from eqm_dist.track.mlflow import MlflowRun, MlflowTracker
@@ -73,6 +74,7 @@ from eqm_dist.train.step import Objective, TrainingStep
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+ATTEMPTS_FILE = "attempts.jsonl"
 
 CHECKPOINTS = "checkpoints"
 EVALUATIONS = "evaluations"
@@ -173,7 +175,7 @@ def build_run(
         if config.evaluation.every and isinstance(reader, ShardReader) and not config.evaluation.apart
         else None,
         evaluations=evaluations,
-        tracker=open_tracker(opened, evaluations, state.step) if rank() == 0 else None,
+        tracker=_begin_record(opened, evaluations, state.step) if rank() == 0 else None,
         shapes=shapes,
         frozen=frozen,
         ema_state=ema_state,
@@ -573,6 +575,14 @@ def build_mirror(opened: OpenRun) -> Mirror | None:
     location = f"{config.checkpoint.mirror.rstrip('/')}/{config.run.name}"
     deadline_s = config.checkpoint.mirror_deadline_s or DEADLINE_S
     return Mirror(location, opened.directory, build_checkpoints(opened)[0], deadline_s)
+
+
+def _begin_record(opened: OpenRun, evaluations: Evaluations, step: int) -> CountingTracker:
+    """The record of an attempt; what the one before did beyond ``step`` is counted, then dropped."""
+    attempts = Attempts(
+        opened.directory / ATTEMPTS_FILE, read_metrics(opened.directory / METRICS_FILE), step, world_size()
+    )
+    return CountingTracker(open_tracker(opened, evaluations, step), attempts)
 
 
 def open_tracker(opened: OpenRun, evaluations: Evaluations, resume_step: int) -> CompositeTracker:

@@ -12,8 +12,6 @@ from typing import Any
 import psutil
 import pytest
 
-from eqm_dist.errors import LaunchError
-from eqm_dist.train.checkpoint import MARKER, Checkpoints
 from tests.test_ray import (
     FLAGS,
     REPOSITORY,
@@ -29,64 +27,17 @@ from tests.test_ray import (
 
 __all__ = ["local_cluster_env", "uninterrupted"]  # fixtures
 
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.ray,
+    pytest.mark.deepspeed,
+    pytest.mark.timeout(900),
+    # Ray's own sockets, where a cluster is started in a test's process.
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
 STEPS = 400
 ELASTIC = {"train.steps": STEPS, "launch.workers": "[1,3]", "launch.resize_check_s": 5, "engine.zero_stage": 2}
-
-
-# --- failures in a row ---
-
-
-def checkpoints_at(directory: Path, *steps: int) -> Checkpoints:
-    checkpoints = Checkpoints(directory / "checkpoints", keep=9)
-    for step in steps:
-        checkpoints.path(step).mkdir(parents=True)
-        (checkpoints.path(step) / MARKER).touch()
-    return checkpoints
-
-
-@pytest.mark.ray
-def test_failures_count_only_in_a_row_without_a_newer_checkpoint(tmp_path: Path) -> None:
-    from eqm_dist.launch.recovery import Setbacks
-
-    setbacks = Setbacks(checkpoints_at(tmp_path), limit=2)
-    assert setbacks.another("it broke") == "warning: it broke; failure 1 of 2 in a row, restarting from step 0"
-    assert "failure 2 of 2 in a row" in setbacks.another("it broke")
-    for step in range(1, 100):  # a hundred failures that cost no more than the way from one checkpoint to the next
-        checkpoints_at(tmp_path, step)
-        assert setbacks.another("lost") == f"warning: lost; failure 1 of 2 in a row, restarting from step {step}"
-    setbacks.another("lost")
-    with pytest.raises(LaunchError, match=r"failed 3 times in a row .* step 99, and launch.max_failures=2; .*: lost"):
-        setbacks.another("lost")
-
-
-@pytest.mark.ray
-def test_no_limit_and_no_patience(tmp_path: Path) -> None:
-    from eqm_dist.launch.recovery import Setbacks
-
-    unlimited = Setbacks(checkpoints_at(tmp_path, 7), limit=-1)
-    sentences = [unlimited.another("lost") for _ in range(100)]
-    assert sentences[-1] == "warning: lost; failure 100 in a row, restarting from step 7"
-    with pytest.raises(LaunchError, match="failed 1 times in a row"):
-        Setbacks(checkpoints_at(tmp_path), limit=0).another("lost")
-
-
-@pytest.mark.ray
-def test_elastic_workers_get_the_smallest_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-
-    from eqm_dist.launch.ray_cluster import Offer, offer
-
-    nodes = [{"CPU": 32.0, "GPU": 4.0}, {"CPU": 12.0, "GPU": 2.0}, {"CPU": 64.0}, {"CPU": 2.0, "GPU": 8.0}]
-    alive = [{"Alive": at < 3, "Resources": node} for at, node in enumerate(nodes)]
-    monkeypatch.setattr(ray, "nodes", lambda: alive)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 108.0, "GPU": 6.0})
-    offered = offer((2, 12), None)
-    assert offered == Offer((2, 12), 6, use_gpu=True)
-    assert list(offered.sizes) == list(range(2, 13))
-    assert list(offer(6, None).sizes) == [6]
-
-
-# --- a cluster that changes ---
 
 
 class Nodes:
@@ -136,10 +87,6 @@ def reached(root: Path, step: int) -> Callable[[], bool]:
     return lambda: losses_so_far(root)[-1:] >= [step]
 
 
-@pytest.mark.slow
-@pytest.mark.ray
-@pytest.mark.deepspeed
-@pytest.mark.timeout(900)
 def test_a_run_shrinks_and_grows_with_its_cluster(tmp_path: Path, nodes: Nodes) -> None:
     kept, lost = nodes.join(), nodes.join()
     process = start(nodes, tmp_path, **ELASTIC)
@@ -174,10 +121,6 @@ def test_a_run_shrinks_and_grows_with_its_cluster(tmp_path: Path, nodes: Nodes) 
     assert sorted(point.step for point in points) == list(range(1, STEPS + 1))
 
 
-@pytest.mark.slow
-@pytest.mark.ray
-@pytest.mark.deepspeed
-@pytest.mark.timeout(900)
 def test_a_worker_that_is_stopped_is_found_and_the_run_goes_on(
     tmp_path: Path, uninterrupted: dict[int, float], local_cluster_env: dict[str, str]
 ) -> None:
@@ -196,3 +139,30 @@ def test_a_worker_that_is_stopped_is_found_and_the_run_goes_on(
     found = rf"warning: rank \d on .* \(process {worker.pid}\) has made no step for \d+ s, .*was stopped by a signal"
     assert len(re.findall(found, output)) == 1
     assert losses(tmp_path) == uninterrupted  # bit for bit: the same workers, the same order of sums
+
+
+def test_a_run_saves_once_when_a_node_is_drained_and_goes_on_without_it(tmp_path: Path, nodes: Nodes) -> None:
+    nodes.join()
+    drained = nodes.join()
+    extra = {**ELASTIC, "checkpoint.every": STEPS, "track.mlflow": "false", "launch.max_failures": 0}
+    process = start(nodes, tmp_path, **extra)
+    wait_for(reached(tmp_path, 30), process)
+    subprocess.run(
+        [f"{Path(sys.executable).parent}/ray", "drain-node", "--address", nodes.env["RAY_ADDRESS"],
+         "--node-id", drained.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
+         "--deadline-remaining-seconds", "30"],
+        env=nodes.env, check=True, timeout=120,
+    )  # fmt: skip
+    wait_for(lambda: "saving now" in log_of(tmp_path), process)
+    wait_for(lambda: len(attempts(tmp_path)) == 2, process)
+    output = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, output
+    assert attempts(tmp_path) == [2, 1]
+    assert re.search(r"warning: the machine of worker \d will be taken away in \d+ s; saving now", output)
+    assert "the machine is gone; restarting without it" in output
+    # No checkpoint was due: it goes on from the one that was made because of the notice, and there is one of those.
+    saved = [int(step) for step in re.findall(r"saved step (\d+) ", output)]
+    assert len(saved) == 2
+    assert saved[1] == STEPS
+    assert f"resumes at step {saved[0]}," in output
+    assert list(losses(tmp_path)) == list(range(1, STEPS + 1))

@@ -102,7 +102,8 @@ def test_lines_that_cannot_be_written_are_kept(tmp_path: Path, caplog: pytest.Lo
 # What DESIGN calls the field's words; a run on CPUs has no throughput/mfu, for nobody states a CPU's peak.
 TRAIN_METRICS = {
     "train/loss", "train/grad_norm", "train/learning_rate", "train/images_seen", "time/step_s", "time/data_wait_s",
-    "throughput/images_per_s", "memory/peak_gib",
+    "throughput/images_per_s", "memory/peak_gib", "train/skipped_updates", "train/rollbacks",
+    "run/restarts", "run/lost_steps", "run/goodput",
 }  # fmt: skip
 EVALUATION_METRICS = {"eval/fid", "eval/fid_yardstick", "eval/samples", "eval/nfe", "time/evaluation_s"}
 

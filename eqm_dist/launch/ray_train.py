@@ -19,6 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from eqm_dist.build import OpenRun, build_checkpoints, build_run, plan_batch
 from eqm_dist.errors import EqmDistError
 from eqm_dist.launch.packed import pack, unpack
+from eqm_dist.launch.preemption import Preemption
 from eqm_dist.launch.ray_cluster import Offer, offer
 from eqm_dist.launch.ray_evaluation import evaluation_apart, finish_evaluations
 from eqm_dist.launch.recovery import Recovery, Setbacks
@@ -103,7 +104,7 @@ def _worker(packed: dict[str, Any]) -> None:
     deadline_s = opened.config.launch.hang_deadline_s
     deadline_s = _HANG_DEADLINE_S if deadline_s is None else deadline_s
     with Watchdog(rank(), deadline_s, log_file(opened.directory, 0)) if deadline_s else nullcontext() as watchdog:
-        run = build_run(opened, get_device(), partial(_report, opened))
+        run = replace(build_run(opened, get_device(), partial(_report, opened)), must_save=Preemption())
         if watchdog is not None:
             run = replace(run, beat=watchdog.beat)
         for step in from_rank_zero(_unreported(opened, run)):

@@ -15,7 +15,12 @@ import ray
 from ray.exceptions import ActorDiedError, RayActorError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.controller.state import RunningState, TrainControllerState
+from ray.train.v2._internal.execution.controller.state import (
+    PreemptingState,
+    RestartingState,
+    RunningState,
+    TrainControllerState,
+)
 from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGroupPollStatus
 
 from eqm_dist.errors import EqmDistError, LaunchError
@@ -100,13 +105,16 @@ class Recovery(WorkerGroupCallback, ControllerCallback):
                 raise error
         what = self._what_failed(errors)
         preempted = worker_group_status.get_preemption_info() is not None or worker_group_status.has_preempted_worker()
-        self._log(f"{what}: its node was taken away; restarting" if preempted else self._setbacks.another(what))
+        if not preempted:  # which is announced, and nobody's fault
+            self._log(self._setbacks.another(what))
 
     def after_controller_state_update(
         self, previous_state: TrainControllerState, current_state: TrainControllerState
     ) -> None:
-        """Say what a run waits for that finds no room."""
+        """Say that a machine is gone that was to be taken away, and what a run waits for that finds no room."""
         now = time.monotonic()
+        if isinstance(previous_state, PreemptingState) and isinstance(current_state, RestartingState):
+            self._log("warning: the machine is gone; restarting without it from the last checkpoint")
         if isinstance(current_state, RunningState):
             self._waits_from = None
         elif self._waits_from is None:

@@ -89,6 +89,11 @@ def _closing_report(opened: OpenRun, result: dict[str, Any]) -> str:
         "final loss": f"{metrics['train/loss']:.4f}",
         "speed": f"{result['images_per_s']:,.0f} images/s (median), workers: {result['workers']}",
     }
+    if "run/goodput" in metrics:
+        lines["goodput"] = (
+            f"{metrics['run/goodput']:.1%} of its time; restarts: {metrics['run/restarts']:,.0f}, steps done again:"
+            f" {metrics['run/lost_steps']:,.0f}"
+        )
     if "eval/fid" in metrics:
         fid, yardstick = metrics["eval/fid"], metrics["eval/fid_yardstick"]
         lines["FID"] = (

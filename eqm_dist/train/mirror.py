@@ -22,7 +22,7 @@ from eqm_dist.errors import CheckpointError, StorageError
 from eqm_dist.train.checkpoint import MARKER, Checkpoints, parse_marker, step_of
 
 REPORT = re.compile(
-    r"config\.yaml|manifest(-\d+)?\.json|metrics\.jsonl|result\.json|samples/[^/]+\.png|evaluations/step_\d+\.json"
+    r"config\.yaml|manifest(-\d+)?\.json|(metrics|attempts)\.jsonl|result\.json|samples/[^/]+\.png|evaluations/step_\d+\.json"
 )
 """What belongs to a run beside its checkpoints."""
 RECORD = "mlflow.json"
