@@ -139,8 +139,8 @@ class Recovery(WorkerGroupCallback, ControllerCallback):
             elif isinstance(error, RayActorError):  # Ray learns of a dead node later than of a broken connection
                 dead.append(f"worker {at} on {place} does not answer (killed, or its node lost)")
             elif error is not None:
-                reason = next(iter(str(error).strip().splitlines()), "")
-                raised.append(f"worker {at} on {place} failed ({type(error).__name__}: {reason})")
+                reason = "".join(f": {line}" for line in str(error).strip().splitlines()[:1])
+                raised.append(f"worker {at} on {place} failed ({type(error).__name__}{reason})")
         return ", ".join(dead or raised)
 
     def _log(self, sentence: str) -> None:
