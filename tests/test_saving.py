@@ -27,7 +27,7 @@ from eqm_dist.build import OpenRun, build_run
 from eqm_dist.config import Config
 from eqm_dist.errors import ConfigError, StorageError
 from eqm_dist.open_run import open_run
-from eqm_dist.track.jsonl import read_metrics
+from eqm_dist.track.jsonl import JsonlTracker, read_metrics
 from eqm_dist.train.checkpoint import EMA_FILE, MARKER, read_marker, verify_file
 from eqm_dist.train.loop import Run, train
 from eqm_dist.train.saving import Saver, _be_nice, write_tensors
@@ -330,6 +330,18 @@ def test_failed_saves_are_warned_of_and_counted_in_the_record(
     train(run)
     assert run.checkpoints.steps() == [2, 4, 6]
     assert [line["checkpoint/failed_saves"] for line in read_metrics(tmp_path / "tiny/metrics.jsonl")] == [1] * 6
+
+
+def test_a_line_of_metrics_that_fits_in_part_is_written_whole_later(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(file, resume_step=0)
+    tracker.log(1, {"train/loss": 1.0})
+    whole = file.read_bytes()
+    with no_file_larger_than(len(whole) + 5):
+        tracker.log(2, {"train/loss": 0.5})
+    assert file.read_bytes() == whole  # and not half a line
+    tracker.log(3, {"train/loss": 0.25})
+    assert [line["step"] for line in read_metrics(file)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("settle", [lambda saver: None, Saver.settle], ids=["in flight", "settled"])
