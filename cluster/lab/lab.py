@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
@@ -70,6 +71,7 @@ def up(workers: int, restarts: bool = True) -> None:
         raise LabError(reason)
     if there := network.connected():
         raise LabError(f"The lab is up already, with {', '.join(there)}; `python -m cluster.lab down` removes it.")
+    down()  # what a crash may have left
     try:
         _make_places()
         network.lay_bridge()
@@ -86,7 +88,7 @@ def up(workers: int, restarts: bool = True) -> None:
 
 
 def down() -> None:
-    """Remove all of the lab, also what a crash left of it, but for the logs of its hosts."""
+    """Remove all of the lab, also what a crash left of it."""
     for host in network.connected():
         kill_all(host)
     network.remove()
@@ -201,7 +203,7 @@ def _is_mounted(place: Path) -> bool:
 
 
 def _keep_logs() -> Path:
-    kept = Path.cwd() / "lab-logs"
+    kept = Path(tempfile.mkdtemp(prefix="eqm-lab-logs-"))
     shutil.copytree(layout.LOGS, kept, dirs_exist_ok=True)
     return kept
 

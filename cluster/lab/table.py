@@ -1,9 +1,18 @@
 """The table of docs/chaos.md, from the results of ``chaos``."""
 
+import re
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-HEADER = ("what happened", "to the next step", "steps done again", "losses", "MLflow", "what the user read")
+HEADER = (
+    "what happened",
+    "to the next step",
+    "steps done again",
+    "losses, averaged weights",
+    "MLflow",
+    "what the user read",
+)
 
 
 def render(results: Mapping[str, Any]) -> str:
@@ -20,16 +29,41 @@ def render(results: Mapping[str, Any]) -> str:
 
 
 def _row(outcome: Mapping[str, Any]) -> Sequence[str]:
-    seconds = outcome["seconds_to_next_step"]
-    told = "<br>".join(f"`{line}`" for line in outcome["told"]) or "nothing"
     return (
         outcome["what"] + ("" if not outcome["problems"] else f" **failed: {'; '.join(outcome['problems'])}**"),
-        f"{seconds:.1f} s" if outcome["restarts"] else f"no restart (longest pause {seconds:.1f} s)",
+        _next_step(outcome),
         str(outcome["steps_lost"]),
-        "the same, bit for bit" if outcome["difference"] == 0 else f"the same up to {outcome['difference']:.1g}",
+        _difference(outcome["difference"]),
         "one run, each step once" if not outcome["problems"] else str(outcome["mlflow"]),
-        told,
+        _told(outcome["told"]),
     )
+
+
+def _next_step(outcome: Mapping[str, Any]) -> str:
+    seconds, pause = outcome["seconds_to_next_step"], outcome["longest_pause_s"]
+    if not outcome["restarts"]:
+        return f"no restart; longest pause {pause:.1f} s"
+    if len(seconds) > 1:
+        median, goodput = statistics.median(seconds), outcome["goodput"]
+        return f"{median:.1f} s (median), {max(seconds):.1f} s (longest); goodput {goodput:.0%}"
+    return f"{seconds[0]:.1f} s" + (f"; pause {pause:.1f} s" if pause < seconds[0] - 5 else "")
+
+
+def _difference(differences: Mapping[str, float | None]) -> str:
+    found = [by for by in differences.values() if by is not None]
+    if len(found) < len(differences):
+        return "not all there"
+    return "the same, bit for bit" if max(found) == 0 else f"the same up to {max(found):.0e}"
+
+
+def _told(lines: Sequence[str]) -> str:
+    """Each kind of line once, without times and the tail of the run's name; lines of a kind differ in numbers only."""
+    kinds: dict[str, list[str]] = {}
+    for line in lines:
+        text = re.sub(r"(?<=[a-z])-\d{6}\b", "", re.sub(r"^\d\d:\d\d:\d\d ", "", line))
+        kinds.setdefault(re.sub(r"\d+", "0", text), []).append(text)
+    shown = [f"`{same[0]}`" + (f" ({len(same)} times)" if len(same) > 1 else "") for same in kinds.values()]
+    return "<br>".join(shown) or "nothing"
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).parents[2]
 RUNS = layout.SHARED / "runs"
 POLL_S = 0.05
 STEP_DEADLINE_S = 600
-END_DEADLINE_S = 1200
+END_DEADLINE_S = 1800
 
 
 class Seen(NamedTuple):
@@ -57,7 +57,8 @@ class WatchedRun:
         """``ray job submit`` of the command; the same every time."""
         flags = {"run.name": self.name, "run.root": RUNS, **self.flags}
         words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
-        submit = ["ray", "job", "submit", "--submission-id", f"{self.name}-{len(self._jobs)}", "--working-dir", "."]
+        self._submission_id = f"{self.name}-{time.time_ns()}"
+        submit = ["ray", "job", "submit", "--submission-id", self._submission_id, "--working-dir", "."]
         command = [*submit, "--", "python", "pipelines/train.py", *words]
         environment = _environment()
         with self.output.open("ab") as output:
@@ -77,24 +78,30 @@ class WatchedRun:
             time.sleep(POLL_S)
 
     def wait(self) -> int:
-        """Wait for the end of the job; returns its exit code."""
-        return self._jobs[-1].wait(END_DEADLINE_S)
+        """Wait for the end of the job; returns its exit code.
 
-    def stop(self) -> None:
-        """End the job, whatever it does."""
-        stop = ["ray", "job", "stop", f"{self.name}-{len(self._jobs) - 1}"]
-        subprocess.run(stop, env=_environment(), capture_output=True, timeout=120, check=False)
-        self._jobs[-1].kill()
-        self._jobs[-1].wait()
+        Raises:
+            LaunchError: it took too long.
+        """
+        try:
+            return self._jobs[-1].wait(END_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            raise LaunchError(f"The run {self.name} did not end within {END_DEADLINE_S} s.") from None
 
     def close(self) -> None:
-        """Look no more."""
+        """Look no more; a job that still runs is stopped."""
+        if self._jobs[-1].poll() is None:
+            stop = ["ray", "job", "stop", self._submission_id]
+            subprocess.run(stop, env=_environment(), capture_output=True, timeout=120, check=False)
+            self._jobs[-1].kill()
+            self._jobs[-1].wait()
         self._ended.set()
         self._thread.join()
 
     def losses(self) -> dict[int, float]:
         """The loss by step, as the record has it now."""
-        return {line["step"]: line["train/loss"] for line in read_metrics(self.directory / "metrics.jsonl")}
+        lines = read_metrics(self.directory / "metrics.jsonl")
+        return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
     def told(self) -> list[str]:
         """What the user read that is not the ordinary course of a run."""
