@@ -176,8 +176,9 @@ def test_offload_and_raw_keys_change_no_number_and_no_checkpoint(reference: Curv
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_then_one_then_three_workers_under_any_stages_are_one_run(reference: Curve, tmp_path: Path) -> None:
-    stages = [(1, 1, 1), (2, 2, 2), (3, 3, 3), (1, 3, 2), (3, 2, 1), (2, 1, 3)]
+    stages = [(1, 1, 1), (2, 2, 2), (3, 3, 3), (1, 3, 2), (3, 2, 1)]
     curves: list[Curve | None] = []
     for part, (world, end) in enumerate([(2, 7), (1, 14), (3, None)]):
         runs = [open_run(config(tmp_path, f"run{at}", **ENGINES[f"zero{run[part]}"])) for at, run in enumerate(stages)]
