@@ -37,19 +37,19 @@ class JsonlTracker:
         try:
             self._append()
         except StorageError as error:
-            logger.warning("warning: %s The metrics of step %s are kept and written later.", error, f"{step:,}")
+            if len(self._unwritten) == 1:
+                logger.warning("warning: %s Metrics from step %s on are kept and written later.", error, f"{step:,}")
 
     def log_image(self, step: int, key: str, path: Path) -> None:
         """Nothing: the picture lies on disk already."""
 
     def finish(self) -> None:
-        """Write what could not be written.
-
-        Raises:
-            StorageError: nor can it now.
-        """
-        if self._unwritten:
-            self._append()
+        """Write what could not be written. No error, which would hide the one that the run ends with."""
+        try:
+            if self._unwritten:
+                self._append()
+        except StorageError as error:
+            logger.warning("warning: %s The last %d lines are not in it.", error, len(self._unwritten))
 
     def _append(self) -> None:
         with storage_errors("append to", self._path), self._path.open("ab", buffering=0) as file:
