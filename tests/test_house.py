@@ -59,16 +59,16 @@ def test_every_command_of_the_readme_exists() -> None:
     asked_targets = set(re.findall(r"\bmake ([a-z-]+)", code))
     scripts = set(re.findall(r"\b(?:pipelines|tuning)/\w+\.py\b", code))
     commands = [line for line in code.replace("\\\n", " ").splitlines() if "ray " not in line]
-    others = [line for line in commands if re.search(r"pipelines/(?!train\.py)|tuning/", line)]
+    others = [line for line in commands if re.search(r"pipelines/(?!train\.py)|tuning/|cluster\.lab", line)]
     flags = {flag for line in commands if line not in others for flag in re.findall(r"--([\w.-]+)", line)}
     assert {"train", "test", "ui"} <= asked_targets <= targets
     assert "pipelines/train.py" in scripts
     assert [script for script in scripts if not (ROOT / script).is_file()] == []
     assert {"dry-run", "train.steps"} <= flags <= keys
     for line in others:
-        source = "".join(
-            (ROOT / script).read_text(encoding="utf-8") for script in re.findall(r"(?:pipelines|tuning)/\w+\.py", line)
-        )
+        files = re.findall(r"(?:pipelines|tuning)/\w+\.py", line)
+        files += ["cluster/lab/__main__.py", "cluster/lab/chaos.py"] if "cluster.lab" in line else []
+        source = "".join((ROOT / file).read_text(encoding="utf-8") for file in files)
         assert [
             flag for flag in re.findall(r"--[\w.-]+", line) if f'"{flag}"' not in source and flag[2:] not in keys
         ] == []

@@ -28,8 +28,8 @@ needs_lab = pytest.mark.skipif(
         (["kill-rank"], "rank"),
         (["kill-rank", "first"], "first"),
         (["cut", "head"], "head"),  # the head holds the cluster together: another failure, another day
-        (["up", "--workers", "0"], "from 1 to 3, got 0"),
-        (["up", "--workers", "9"], "from 1 to 3, got 9"),
+        (["up", "--hosts", "1"], "from 2 to 4, the head among them, got 1"),
+        (["up", "--hosts", "9"], "from 2 to 4, the head among them, got 9"),
         (["explode"], "explode"),
     ],
 )
@@ -98,7 +98,7 @@ def test_losses_are_compared_over_all_steps() -> None:
 def two_workers() -> Iterator[None]:
     if network.connected():
         pytest.skip("a lab is up already; `python -m cluster.lab down` removes it")
-    lab.up(2)
+    lab.up(3)
     yield
     lab.down()
     assert not network.connected()
@@ -125,7 +125,7 @@ def test_a_killed_worker_and_a_host_that_is_switched_off_change_no_loss(tmp_path
 @pytest.mark.usefixtures("two_workers")
 def test_hosts_are_apart_and_come_back() -> None:
     with pytest.raises(UserError, match="up already, with head, worker-1, worker-2"):
-        lab.up(2)
+        lab.up(3)
     first, second = layout.worker(1), layout.worker(2)
     faults.fill_disk(second)
     free = {host: shutil.disk_usage(lab.disk(host)).free for host in (first, second)}

@@ -1,6 +1,6 @@
 """Build a cluster of two to four hosts on this Linux machine, break it, and remove it (root only).
 
-python -m cluster.lab up --workers 2          a head and two workers; then submit jobs as to any cluster:
+python -m cluster.lab up --hosts 3            a head and two workers; then submit jobs as to any cluster:
 eval "$(python -m cluster.lab env)"           addresses and the token
 ray job submit --working-dir . -- python pipelines/train.py --run.root /var/lib/eqm-lab/shared/runs
 python -m cluster.lab kill-host worker-1      and the other faults below
@@ -15,9 +15,9 @@ from cluster.lab.lab import LabError
 from eqm_dist import cli
 
 
-def _up(workers: int, restarts: bool) -> None:
+def _up(hosts: int, restarts: bool) -> None:
     """build the lab"""
-    lab.up(workers, restarts)
+    lab.up(hosts, restarts)
     print(lab.status())
 
 
@@ -41,7 +41,7 @@ VERBS: dict[str, tuple[Callable[..., None], Sequence[Argument]]] = {
     "up": (
         _up,
         [
-            ("--workers", {"type": int, "default": 2, "help": "hosts beside the head, 1 to 3 (default: 2)"}),
+            ("--hosts", {"type": int, "default": 3, "help": "2 to 4, the head among them (default: %(default)s)"}),
             ("--no-restarts", {"action": "store_false", "dest": "restarts", "help": "Ray stays dead when it dies"}),
         ],
     ),

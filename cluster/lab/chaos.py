@@ -69,7 +69,7 @@ def run_scenarios(names: Sequence[str], out: Path) -> None:
     found = bool(network.connected())
     try:
         if not found:
-            lab.up(SCENARIOS[names[0]].workers)
+            lab.up(SCENARIOS[names[0]].workers + 1)
         reference = uninterrupted(max(SCENARIOS[name].steps for name in names))
         failed = []
         for name in names:

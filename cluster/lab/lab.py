@@ -54,19 +54,19 @@ def unavailable() -> str | None:
     return None
 
 
-def up(workers: int, restarts: bool = True) -> None:
+def up(hosts: int, restarts: bool = True) -> None:
     """Build the lab and wait until all of it answers.
 
     Args:
-        workers: hosts beside the head, each with a Ray worker of one CPU.
+        hosts: a head, and others with a Ray worker of one CPU each.
         restarts: whether a host starts its Ray processes again when they die, as Kubernetes or systemd would.
 
     Raises:
         LabError: it is up already, or cannot be on this machine.
         LaunchError: it did not come up; nothing of it is left.
     """
-    if not 1 <= workers <= layout.MOST_WORKERS:
-        raise LabError(f"--workers must be from 1 to {layout.MOST_WORKERS}, got {workers}.")
+    if not 2 <= hosts <= len(layout.ALL_HOSTS):
+        raise LabError(f"--hosts must be from 2 to {len(layout.ALL_HOSTS)}, the head among them, got {hosts}.")
     if reason := unavailable():
         raise LabError(reason)
     if there := network.connected():
@@ -75,8 +75,8 @@ def up(workers: int, restarts: bool = True) -> None:
     try:
         _make_places()
         network.lay_bridge()
-        for number in range(workers + 1):
-            start_host(layout.ALL_HOSTS[number], restarts)
+        for host in layout.ALL_HOSTS[:hosts]:
+            start_host(host, restarts)
         wait_until(lambda: set(ray_hosts()) == set(network.connected()), "Ray to see all hosts")
         wait_until(lambda: _answers(f"{layout.MLFLOW}/health"), "MLflow to answer")
         wait_until(lambda: _answers(f"{layout.S3}/{layout.BUCKET}", method="PUT"), "S3 to answer")
