@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from tests.test_ray import (
     uninterrupted,
     wait_for,
 )
+from tests.test_spot_drain import Metadata, metadata
 
 wait_long = partial(wait_for, deadline_s=600)
-__all__ = ["local_cluster_env", "uninterrupted"]  # fixtures
+__all__ = ["local_cluster_env", "metadata", "uninterrupted"]  # fixtures
 
 pytestmark = [
     pytest.mark.slow,
@@ -38,7 +40,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-STEPS = 400
+STEPS = 1200
 ELASTIC = {"train.steps": STEPS, "launch.workers": "[1,3]", "launch.resize_check_s": 5, "engine.zero_stage": 2}
 
 
@@ -58,7 +60,8 @@ class Nodes:
 
     @property
     def env(self) -> dict[str, str]:
-        return {**os.environ, "RAY_ADDRESS": str(self.cluster.address), "OMP_NUM_THREADS": "1"}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return {**os.environ, "PATH": path, "RAY_ADDRESS": str(self.cluster.address), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -143,18 +146,20 @@ def test_a_worker_that_is_stopped_is_found_and_the_run_goes_on(
     assert losses(tmp_path) == uninterrupted  # bit for bit: the same workers, the same order of sums
 
 
-def test_a_run_saves_once_when_a_node_is_drained_and_goes_on_without_it(tmp_path: Path, nodes: Nodes) -> None:
+def test_a_run_saves_once_when_the_cloud_takes_a_node_away_and_goes_on_without_it(
+    tmp_path: Path, nodes: Nodes, metadata: Metadata
+) -> None:
     nodes.join()
     drained = nodes.join()
     steps = 3000  # more than are made until the deadline
     extra = {"train.steps": steps, "checkpoint.every": steps, "track.mlflow": "false", "launch.max_failures": 0}
     process = start(nodes, tmp_path, **{**ELASTIC, **extra})
     wait_long(reached(tmp_path, 30), process)
+    metadata.notice("aws", datetime.fromtimestamp(time.time() + 15, UTC))
     subprocess.run(
-        [f"{Path(sys.executable).parent}/ray", "drain-node", "--address", nodes.env["RAY_ADDRESS"],
-         "--node-id", drained.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
-         "--deadline-remaining-seconds", "15"],
-        env=nodes.env, check=True, timeout=120,
+        [sys.executable, "cluster/spot_drain.py", "--cloud", "aws", "--url", metadata.url,
+         "--node-id", drained.node_id],
+        cwd=REPOSITORY, env=nodes.env, check=True, timeout=240,
     )  # fmt: skip
     wait_long(lambda: "saving now" in log_of(tmp_path), process)
     wait_long(lambda: len(attempts(tmp_path)) == 2, process)
