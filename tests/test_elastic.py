@@ -117,8 +117,9 @@ def test_a_run_shrinks_and_grows_with_its_cluster(tmp_path: Path, nodes: Nodes) 
     subprocess.run([sys.executable, *command(reference, **flags)], cwd=REPOSITORY, check=True, timeout=300)
     expected, found = losses(reference), losses(tmp_path)
     assert list(found) == list(range(1, STEPS + 1))  # no step twice, none missing
-    # Sums over the batch are taken in another order on one, two and three workers: fp32 rounding, grown over the steps.
-    assert list(found.values()) == pytest.approx(list(expected.values()), rel=2e-3)
+    # Sums over the batch are taken in another order on one, two and three workers: fp32 rounding, which grows over the
+    # steps. 1.3e-6 was measured.
+    assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-4)
     assert mlflow_run_id(tmp_path) == run_id
     from mlflow import MlflowClient
 
