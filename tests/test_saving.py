@@ -226,10 +226,11 @@ for number, _ in enumerate(sys.stdin):
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.deepspeed
-@pytest.mark.timeout(900)
-def test_a_kill_of_any_rank_at_any_instant_leaves_a_whole_checkpoint(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_kill_of_any_rank_at_any_instant_leaves_a_whole_checkpoint(shards: Path, tmp_path: Path, seed: int) -> None:
     config = tiny.config(tmp_path, shards, **{"train.steps": 1_000_000})
-    chance, newest, unfinished = random.Random(0), 0, []
+    chance, newest, unfinished = random.Random(seed), 0, []
     savers = subprocess.Popen(
         [sys.executable, "-c", RANKS, str(tmp_path), str(shards)],
         cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -237,7 +238,7 @@ def test_a_kill_of_any_rank_at_any_instant_leaves_a_whole_checkpoint(shards: Pat
     with savers:
         assert savers.stdin is not None
         assert savers.stdout is not None
-        for _ in range(60):
+        for _ in range(20):
             print("next", file=savers.stdin, flush=True)
             pids = [int(pid) for pid in _said(savers.stdout, "saving")]
             time.sleep(chance.uniform(0.0, 0.15))
@@ -262,9 +263,9 @@ def test_a_kill_of_any_rank_at_any_instant_leaves_a_whole_checkpoint(shards: Pat
                 marker = read_marker(path)
                 for name in marker["files"]:
                     verify_file(path, name, marker)
-    assert newest > 60
-    assert len(unfinished) > 20  # kills did fall into the middle of a save,
-    assert len(set(unfinished)) > 3  # and at different stages of it
+    assert newest > 20
+    assert len(unfinished) > 5  # kills did fall into the middle of a save,
+    assert len(set(unfinished)) > 2  # and at different stages of it
     assert not list((tmp_path / "tiny/checkpoints").glob("damaged-*"))
     run.saver.begin(TrainState(newest + 1))
     run.saver.settle()
