@@ -10,9 +10,12 @@ import pytest
 
 from cluster.lab import __main__ as command
 from cluster.lab import chaos, faults, lab, layout, network
+from cluster.lab.scenarios import SCENARIOS
+from cluster.lab.table import HEADER, render
 from cluster.lab.watched_run import Seen
 from eqm_dist.errors import UserError
 
+ROOT = Path(__file__).parents[1]
 needs_lab = pytest.mark.skipif(
     sys.platform != "linux" or lab.unavailable() is not None, reason=lab.unavailable() or "the lab is available"
 )
@@ -84,11 +87,33 @@ def test_every_fault_has_its_own_time_and_all_restarts_add_up() -> None:
 
 
 def test_losses_are_compared_over_all_steps() -> None:
-    reference = {1: 2.0, 2: 4.0, 3: 8.0}
-    assert chaos.loss_difference({1: 2.0, 2: 4.0}, reference, steps=2) == 0
-    assert chaos.loss_difference({1: 2.0, 2: 5.0}, reference, steps=2) == 0.25
-    assert chaos.loss_difference({1: 2.0, 3: 8.0}, reference, steps=3) is None  # a hole
-    assert chaos.loss_difference({2: 4.0, 1: 2.0}, reference, steps=2) is None  # out of order
+    reference = dict.fromkeys(range(1, 301), 2.0)
+    assert chaos.loss_differences(reference, reference, 300) == {"losses soon after": 0, "losses": 0}
+    assert chaos.loss_differences(dict(list(reference.items())[:200]), reference, 200)["losses"] == 0  # a shorter run
+    changed = {**reference, 120: 2.5, 219: 3.0, 220: 4.0}  # 100 steps from 120 to 219
+    assert chaos.loss_differences(changed, reference, 300) == {"losses soon after": 0.5, "losses": 1.0}
+    missing = {step: loss for step, loss in reference.items() if step != 7}
+    disordered = {2: 2.0, 1: 2.0}
+    assert chaos.loss_differences(missing, reference, 300)["losses"] is None
+    assert chaos.loss_differences(disordered, reference, 2)["losses"] is None
+
+
+# --- the table ---
+
+
+def test_the_table_in_the_documentation_is_that_of_the_results() -> None:
+    results = json.loads(chaos.RESULTS.read_bytes())
+    assert render(results) in (ROOT / "docs" / "chaos.md").read_text()
+    assert list(results["scenarios"]) == list(SCENARIOS)
+    assert not any(outcome["problems"] for outcome in results["scenarios"].values())
+
+
+def test_a_failed_scenario_shows_in_the_table() -> None:
+    results = json.loads(chaos.RESULTS.read_bytes())
+    outcome = {**results["scenarios"]["kill_rank"], "problems": ["exit code 1"]}
+    row = render({**results, "scenarios": {"kill_rank": outcome}}).splitlines()[2]
+    assert "**failed: exit code 1**" in row
+    assert row.count(" | ") == len(HEADER) - 1
 
 
 # --- for real ---

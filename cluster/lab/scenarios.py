@@ -162,5 +162,10 @@ def kill_again_and_again(trouble: Trouble) -> None:
     for number in range(1, KILLS + 1):
         time.sleep(max(0.0, begin + number * KILL_EVERY_S - time.monotonic()))
         rank = draw.randrange(2)
-        lab.wait_until(partial(faults.rank_runs, rank), f"rank {rank}, to kill it")
-        trouble.strike(faults.kill_rank, rank)
+        lab.wait_until(partial(_rank_runs_or_ended, trouble.run, rank), f"rank {rank}, to kill it")
+        if not trouble.run.ended():
+            trouble.strike(faults.kill_rank, rank)
+
+
+def _rank_runs_or_ended(run: WatchedRun, rank: int) -> bool:
+    return run.ended() or faults.rank_runs(rank)

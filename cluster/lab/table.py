@@ -23,7 +23,7 @@ def render(results: Mapping[str, Any]) -> str:
     commits = ", ".join(sorted({outcome["commit"][:12] for outcome in results["scenarios"].values()}))
     made_with = (
         f"{hardware['cores']} cores ({hardware['machine']}) for all hosts, no GPU; Ray {versions['ray']},"
-        f" torch {versions['torch']}, DeepSpeed {versions['deepspeed']}; {results['date']}, commit {commits}."
+        f" torch {versions['torch']}, DeepSpeed {versions['deepspeed']}; {results['date']}, commits {commits}."
     )
     return "\n".join([*lines, "", made_with])
 
@@ -44,16 +44,21 @@ def _next_step(outcome: Mapping[str, Any]) -> str:
     if not outcome["restarts"]:
         return f"no restart; longest pause {pause:.1f} s"
     if len(seconds) > 1:
-        median, goodput = statistics.median(seconds), outcome["goodput"]
-        return f"{median:.1f} s (median), {max(seconds):.1f} s (longest); goodput {goodput:.0%}"
+        goodput = f"goodput {outcome['goodput']:.0%}"
+        if (counted := outcome["counters"].get("run/goodput")) is not None:
+            goodput += f", by the run's own count {counted:.0%}"
+        return f"{statistics.median(seconds):.1f} s (median), {max(seconds):.1f} s (longest); {goodput}"
     return f"{seconds[0]:.1f} s" + (f"; pause {pause:.1f} s" if pause < seconds[0] - 5 else "")
 
 
 def _difference(differences: Mapping[str, float | None]) -> str:
-    found = [by for by in differences.values() if by is not None]
-    if len(found) < len(differences):
+    if None in differences.values():
         return "not all there"
-    return "the same, bit for bit" if max(found) == 0 else f"the same up to {max(found):.0e}"
+    if not any(differences.values()):
+        return "the same, bit for bit"
+    return (
+        f"losses the same up to {differences['losses soon after']:.0e} at first, {differences['losses']:.0e} in the end"
+    )
 
 
 def _told(lines: Sequence[str]) -> str:
@@ -61,7 +66,7 @@ def _told(lines: Sequence[str]) -> str:
     kinds: dict[str, list[str]] = {}
     for line in lines:
         text = re.sub(r"(?<=[a-z])-\d{6}\b", "", re.sub(r"^\d\d:\d\d:\d\d ", "", line))
-        kinds.setdefault(re.sub(r"\d+", "0", text), []).append(text)
+        kinds.setdefault(re.sub(r"\d[\d,]*", "0", text), []).append(text)
     shown = [f"`{same[0]}`" + (f" ({len(same)} times)" if len(same) > 1 else "") for same in kinds.values()]
     return "<br>".join(shown) or "nothing"
 

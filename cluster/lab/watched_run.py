@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from cluster.lab import layout
 from eqm_dist.errors import LaunchError
-from eqm_dist.track.jsonl import read_metrics
+from eqm_dist.track.jsonl import last_values, read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 RUNS = layout.SHARED / "runs"
@@ -73,7 +73,7 @@ class WatchedRun:
         """
         end = time.monotonic() + STEP_DEADLINE_S
         while not self.seen or self.seen[-1].step < step:
-            if self._jobs[-1].poll() is not None or time.monotonic() > end:
+            if self.ended() or time.monotonic() > end:
                 raise LaunchError(f"The run {self.name} did not come to step {step}; see {self.output}.")
             time.sleep(POLL_S)
 
@@ -88,9 +88,13 @@ class WatchedRun:
         except subprocess.TimeoutExpired:
             raise LaunchError(f"The run {self.name} did not end within {END_DEADLINE_S} s.") from None
 
+    def ended(self) -> bool:
+        """Whether the job is over."""
+        return self._jobs[-1].poll() is not None
+
     def close(self) -> None:
         """Look no more; a job that still runs is stopped."""
-        if self._jobs[-1].poll() is None:
+        if not self.ended():
             stop = ["ray", "job", "stop", self._submission_id]
             subprocess.run(stop, env=_environment(), capture_output=True, timeout=120, check=False)
             self._jobs[-1].kill()
@@ -102,6 +106,11 @@ class WatchedRun:
         """The loss by step, as the record has it now."""
         lines = read_metrics(self.directory / "metrics.jsonl")
         return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+    def counters(self) -> dict[str, float]:
+        """What the run itself has counted: restarts, lost steps, goodput."""
+        values = last_values(self.directory / "metrics.jsonl")
+        return {name: value for name, value in values.items() if name.startswith("run/")}
 
     def told(self) -> list[str]:
         """What the user read that is not the ordinary course of a run."""
