@@ -157,9 +157,10 @@ def test_hosts_are_apart_and_come_back() -> None:
     assert free[second] == 0 < free[first]
     faults.free_disk(second)
 
-    faults.kill_raylet(first)
-    lab.wait_until(lambda: first not in lab.ray_hosts(), "Ray to miss the raylet")
-    lab.wait_until(lambda: first in lab.ray_hosts(), "another raylet")
+    before = set(lab.pids(first))
+    faults.kill_raylet(first)  # it may be back before Ray's list shows that it was gone
+    lab.wait_until(lambda: len(before & set(lab.pids(first))) <= 2, "all that Ray ran there to end")
+    lab.wait_until(lambda: first in lab.ray_hosts() and len(lab.pids(first)) >= len(before), "another raylet")
 
     faults.cut(second)
     lab.wait_until(lambda: second not in lab.ray_hosts(), "Ray to miss the host")

@@ -101,13 +101,14 @@ def start_host(host: str, restarts: bool = True) -> None:
     """Switch a host on; it joins the cluster by itself."""
     if host not in network.connected():
         network.connect(host)
+    outlives_us = ["setsid", "--fork"]
     enter_network = ["nsenter", f"--net=/run/netns/{layout.namespace(host)}"]
     unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--uts", "--mount-proc"]
     init = [sys.executable, "-m", "cluster.lab.host", host, "restarts" if restarts else "stays-dead"]
     with (layout.LOGS / f"{host}.log").open("ab") as log:
-        subprocess.Popen(
-            [*enter_network, *unshare, *init], cwd=Path(__file__).parents[2], stdin=subprocess.DEVNULL,
-            stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        subprocess.run(
+            [*outlives_us, *enter_network, *unshare, *init], cwd=Path(__file__).parents[2], stdin=subprocess.DEVNULL,
+            stdout=log, stderr=subprocess.STDOUT, check=True,
         )  # fmt: skip
 
 
