@@ -267,7 +267,7 @@ def test_one_sentence_for_several_wrong_values() -> None:
             "deepspeed.zero_optimization.offload_optimizer.device is what engine.offload is for",
         ),
         ({"engine.deepspeed": {"train_batch_size": 8}}, "deepspeed.train_batch_size is what train.global_batch is for"),
-        ({"engine.deepspeed": {"bf16": {"enabled": True}}}, "deepspeed.bf16.enabled is what train.precision is for"),
+        ({"engine.deepspeed": {"bf16": {"enabled": True}}}, "deepspeed.bf16 is what train.precision is for"),
         ({"engine.deepspeed": {"elasticity": {"enabled": True}}}, "is none of what can be passed on (zero_optim"),
         (
             {"engine.deepspeed": {"zero_optimisation": {}}},

@@ -166,7 +166,7 @@ def test_exploring_stays_in_the_space() -> None:
         (
             GRID,
             {"launch.launcher": "ray", "launch.workers": "[1,2]"},
-            "launch.workers must be one number in a sweep, got [1, 2]",
+            "launch.workers must be one number in a sweep, got \\[1, 2\\]",
         ),
         (GRID, {"search": "pbt"}, "use optimizer.schedule=constant"),
         (
