@@ -204,6 +204,7 @@ def test_an_explicit_energy_trains_alike_under_every_engine_that_takes_it(energy
         assert_same(curve, plain, f"{energy} under {name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective",
     [

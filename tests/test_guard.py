@@ -245,6 +245,7 @@ def run_all(rank: int, opened: dict[str, OpenRun]) -> dict[str, tuple[TrainState
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.deepspeed
 def test_every_engine_skips_and_goes_back_alike(shards: Path, tmp_path: Path) -> None:
