@@ -149,6 +149,7 @@ def test_a_killed_worker_and_a_host_that_is_switched_off_change_no_loss(tmp_path
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("two_workers")
 def test_hosts_are_apart_and_come_back() -> None:
+    chaos.whole_lab(2, rate_mbit=None)  # whatever another test has left
     with pytest.raises(UserError, match="up already, with head, worker-1, worker-2"):
         lab.up(3)
     first, second = layout.worker(1), layout.worker(2)
