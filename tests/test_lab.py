@@ -133,23 +133,9 @@ def two_workers() -> Iterator[None]:
 @needs_lab
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.deepspeed
-@pytest.mark.timeout(1200)
-@pytest.mark.usefixtures("two_workers")
-def test_a_killed_worker_and_a_host_that_is_switched_off_change_no_loss(tmp_path: Path) -> None:
-    out = tmp_path / "chaos.json"
-    chaos.run_scenarios(["kill_rank", "kill_host"], out)  # raises where losses or the record are not as they must be
-    outcomes = json.loads(out.read_bytes())["scenarios"]
-    assert all(outcome["restarts"] >= 1 and outcome["steps_lost"] > 0 for outcome in outcomes.values())
-
-
-@needs_lab
-@pytest.mark.slow
-@pytest.mark.ray
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("two_workers")
 def test_hosts_are_apart_and_come_back() -> None:
-    chaos.whole_lab(2, rate_mbit=None)  # whatever another test has left
     with pytest.raises(UserError, match="up already, with head, worker-1, worker-2"):
         lab.up(3)
     first, second = layout.worker(1), layout.worker(2)
@@ -167,3 +153,16 @@ def test_hosts_are_apart_and_come_back() -> None:
     lab.wait_until(lambda: second not in lab.ray_hosts(), "Ray to miss the host")
     faults.restore(second)
     lab.wait_until(lambda: second in lab.ray_hosts(), "the host to come back")
+
+
+@needs_lab
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.deepspeed
+@pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("two_workers")
+def test_a_killed_worker_and_a_host_that_is_switched_off_change_no_loss(tmp_path: Path) -> None:
+    out = tmp_path / "chaos.json"
+    chaos.run_scenarios(["kill_rank", "kill_host"], out)  # raises where losses or the record are not as they must be
+    outcomes = json.loads(out.read_bytes())["scenarios"]
+    assert all(outcome["restarts"] >= 1 and outcome["steps_lost"] > 0 for outcome in outcomes.values())

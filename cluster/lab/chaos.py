@@ -89,7 +89,7 @@ def run_scenarios(names: Sequence[str], out: Path) -> None:
 
 def uninterrupted(steps: int) -> WatchedRun:
     """The run on two workers to which nothing happens; one that was made on this lab is not made again."""
-    whole_lab(2, rate_mbit=None)
+    _whole_lab(2, rate_mbit=None)
     run = WatchedRun(
         f"uninterrupted-{steps}", {**FLAGS, "train.steps": steps, "launch.workers": 2, "checkpoint.keep": 1000}
     )
@@ -104,7 +104,7 @@ def uninterrupted(steps: int) -> WatchedRun:
 
 def play(name: str, scenario: Scenario, reference: WatchedRun) -> dict[str, Any]:
     """One scenario on a whole lab; what came of it."""
-    whole_lab(scenario.workers, scenario.rate_mbit)
+    _whole_lab(scenario.workers, scenario.rate_mbit)
     run = WatchedRun(f"{name}-{datetime.now():%H%M%S}", {**FLAGS, "train.steps": scenario.steps, **scenario.flags})
     trouble, submitted, problems = Trouble(run), time.time(), []
     run.submit()
@@ -144,7 +144,7 @@ def play(name: str, scenario: Scenario, reference: WatchedRun) -> dict[str, Any]
     }
 
 
-def whole_lab(workers: int, rate_mbit: float | None) -> None:
+def _whole_lab(workers: int, rate_mbit: float | None) -> None:
     """Undo what earlier scenarios did: all hosts on and connected, none too many, disks free, S3 well."""
     faults.mend_s3()
     faults.free_disk(None)
