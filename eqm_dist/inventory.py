@@ -59,15 +59,15 @@ def entries(run: Path) -> list[Entry]:
     found = []
     for path in sorted((run / CHECKPOINTS).glob("*step_*")):
         name = path.name.removeprefix("damaged-").partition(".")[0]
-        size = sum(file.stat().st_size for file in path.iterdir())
+        step, size = step_of(name), sum(file.stat().st_size for file in path.iterdir())
         if name != path.name:
-            found.append(Entry(step_of(name), "set aside", size))
+            found.append(Entry(step, "set aside", size))
         elif not (path / MARKER).exists():
-            found.append(Entry(step_of(name), "unfinished", size))
+            found.append(Entry(step, "unfinished", size))
         else:
-            step = step_of(name)
+            condition, writers = _condition(path)
             fid = results.get(step, {}).get("metrics", {}).get(SCORE)
-            found.append(Entry(step, *_condition(path), fid=fid, kept=kept.get(step, ())))
+            found.append(Entry(step, condition, size, writers, fid, kept.get(step, ())))
     return sorted(found, key=lambda entry: entry.step)
 
 
@@ -165,13 +165,12 @@ def _config(run: Path) -> Config:
     return parse(Config, yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
 
 
-def _condition(path: Path) -> tuple[str, int, int]:
-    """Condition, bytes and writers of a checkpoint that has a marker."""
+def _condition(path: Path) -> tuple[str, int]:
+    """Condition and writers of a checkpoint that has a marker."""
     try:
         files = read_marker(path)["files"]
     except CheckpointError:
-        return "damaged", sum(file.stat().st_size for file in path.iterdir()), 0
+        return "damaged", 0
     found = {file.name: file.stat().st_size for file in path.iterdir()}
     same = all(found.get(name) == record["bytes"] for name, record in files.items())
-    writers = sum(name.startswith("state-") for name in files)
-    return "whole" if same else "damaged", sum(found.values()), writers
+    return "whole" if same else "damaged", sum(name.startswith("state-") for name in files)

@@ -4,12 +4,10 @@ import io
 import pickle
 import random
 import re
-import resource
 import stat
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,18 +16,8 @@ from eqm_dist.data import storage
 from eqm_dist.data.storage import Folder, atomic_write, fsync_directory, local_path, open_folder, remove_leftovers
 from eqm_dist.errors import DataError, StorageError
 from tests import s3
+from tests.disk import no_file_larger_than
 from tests.s3 import FaultyProxy, s3_server
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """A disk on which no file grows beyond ``size`` bytes: the kernel refuses the write, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("location", ["s3://bucket/shards", Path("s3://bucket/shards"), "pipe:cat x", "file:///x"])
@@ -59,7 +47,7 @@ def test_atomic_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_sentence_and_the_old_file_survives(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
     atomic_write(path, b"old")
-    with largest_file(10_000), pytest.raises(StorageError, match=r"Cannot write .*checkpoint: .*free space"):
+    with no_file_larger_than(10_000), pytest.raises(StorageError, match=r"Cannot write .*checkpoint: .*free space"):
         atomic_write(path, b"x" * 100_000)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

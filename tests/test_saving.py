@@ -9,9 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -33,6 +32,7 @@ from eqm_dist.train.loop import Run, train
 from eqm_dist.train.saving import Saver, _be_nice, write_tensors
 from eqm_dist.train.state import TrainState
 from tests import tiny
+from tests.disk import no_file_larger_than
 from tests.distributed import run_ranks
 
 CPU = torch.device("cpu")
@@ -62,17 +62,6 @@ def fill(run: Run, step: int) -> None:
 def assert_filled(run: Run, step: int) -> None:
     for piece in run.engine.fragments():
         assert torch.equal(piece.values, values_at(step, piece.start, piece.values.numel())), piece.name
-
-
-@contextmanager
-def no_file_larger_than(size: int) -> Iterator[None]:
-    """As a disk that is full: EFBIG in this process, for all files beyond that many bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # --- the state of its step ---
