@@ -29,15 +29,15 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from benchmarks.bench_loader import cpu_name
+from eqm_dist.config import SIZES
 from eqm_dist.core.decay import TruncatedDecay
 from eqm_dist.core.objective import eqm_loss
 from eqm_dist.data.loader import Batch
 from eqm_dist.models import SiT
-from eqm_dist.models.sizes import SIZES
 from eqm_dist.provenance import provenance
 from eqm_dist.train.engine import WEIGHT, Engine, TorchEngine
 from eqm_dist.train.optimizer import EmaAdamW
-from eqm_dist.train.step import Objective, TrainingStep
+from eqm_dist.train.step import BatchLoss, ModelWithLoss
 
 EMA_DECAYS = (0.999, 0.9999)
 CPU = torch.device("cpu")
@@ -72,16 +72,16 @@ def build_model(shape: dict[str, int], **options: bool) -> SiT:
 
 def build_engine(model: SiT, case: str) -> Engine:
     """The engine of a case."""
-    loss = TrainingStep(partial(eqm_loss, decay=TruncatedDecay(0.8, 4.0)), seed=0, latent_scale=1.0, latent_shift=0.0,
+    loss = BatchLoss(partial(eqm_loss, decay=TruncatedDecay(0.8, 4.0)), seed=0, latent_scale=1.0, latent_shift=0.0,
                         label_dropout=0.1, null_label=1000, flip=False)  # fmt: skip
-    objective = Objective(model, loss)
-    optimizer = EmaAdamW(objective.trained_parameters().values(), lr=1e-4, ema_decays=EMA_DECAYS)
+    module = ModelWithLoss(model, loss)
+    optimizer = EmaAdamW(module.trained_parameters().values(), lr=1e-4, ema_decays=EMA_DECAYS)
     options = CASES[case]
     if options is None:
-        return TorchEngine(objective, optimizer, device=CPU)
+        return TorchEngine(module, optimizer, device=CPU)
     from eqm_dist.train.deepspeed_engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(objective, optimizer, device=CPU, **options)
+    return DeepSpeedEngine(module, optimizer, device=CPU, **options)
 
 
 def state_bytes(rank: int, world: int, case: str, shape: dict[str, int]) -> dict[str, int]:
@@ -178,7 +178,7 @@ def main() -> None:
     record = {
         "what": "bytes of model state per rank, and of activations of one forward pass",
         "command": f"python -m benchmarks.bench_memory --size {arguments.size} --batch {arguments.batch}",
-        "size": arguments.size, "batch": arguments.batch, "averages": len(EMA_DECAYS), "cpu": cpu_name(),
+        "size": arguments.size, "batch": arguments.batch, "emas": len(EMA_DECAYS), "cpu": cpu_name(),
         "state": state, "activations": activations, **provenance(),
     }  # fmt: skip
     name = re.sub(r"[^a-z0-9]+", "-", "-".join(cpu_name().lower().split()[:2]))

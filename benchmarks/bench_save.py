@@ -3,7 +3,7 @@
 python -m benchmarks.bench_save [--size B] [--repeats 5] [--directory DIR]
 
 SiT at patch size 2 on 4x32x32 latents with 1,000 classes (B has 130 M parameters): fp32 weight, two moments and one
-average of every parameter. Under the plain engine on one rank, and under DeepSpeed with ZeRO-2 on two, each of which
+EMA of every parameter. Under the plain engine on one rank, and under DeepSpeed with ZeRO-2 on two, each of which
 writes its half. Real updates are made on one sample per rank.
 
 - ours: how long the training thread waits: in ``Saver.begin``, and before the next update until the copy is made,
@@ -40,39 +40,40 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from benchmarks.bench_loader import commit, cpu_name
+from eqm_dist.config import SIZES
 from eqm_dist.core.corruption import constant_pace
 from eqm_dist.core.decay import TruncatedDecay
 from eqm_dist.core.objective import eqm_loss
 from eqm_dist.data.loader import Batch
 from eqm_dist.models import SiT
-from eqm_dist.models.sizes import SIZES
+from eqm_dist.run_directory import CHECKPOINTS
 from eqm_dist.train.checkpoint import Checkpoints
 from eqm_dist.train.distributed import gather_objects, rank, world_size
 from eqm_dist.train.engine import Engine, TorchEngine
 from eqm_dist.train.optimizer import EmaAdamW, ema_key
 from eqm_dist.train.saving import Saver
 from eqm_dist.train.state import TrainState
-from eqm_dist.train.step import Objective, TrainingStep
+from eqm_dist.train.step import BatchLoss, ModelWithLoss
 
 EMA_DECAY = 0.9999
 RANKS = {"torch": 1, "zero2": 2}
 
 
-def build(case: str, size: str) -> tuple[SiT, Engine]:
-    """The model and an engine."""
+def build(case: str, size: str) -> Engine:
+    """An engine with a model."""
     shape = SIZES[size]
     model = SiT(32, 2, 4, shape.hidden_size, shape.depth, shape.num_heads, num_classes=1000)
-    loss = TrainingStep(partial(eqm_loss, decay=TruncatedDecay(0.8, 4.0), path=constant_pace), seed=0, latent_scale=1.0,
+    loss = BatchLoss(partial(eqm_loss, decay=TruncatedDecay(0.8, 4.0), path=constant_pace), seed=0, latent_scale=1.0,
                         latent_shift=0.0, label_dropout=0.1, null_label=1000, flip=False)  # fmt: skip
-    objective = Objective(model, loss)
-    optimizer = EmaAdamW(objective.trained_parameters().values(), lr=1e-4, ema_decays=(EMA_DECAY,))
+    module = ModelWithLoss(model, loss)
+    optimizer = EmaAdamW(module.trained_parameters().values(), lr=1e-4, ema_decays=(EMA_DECAY,))
     if case == "torch":
-        engine: Engine = TorchEngine(objective, optimizer, device=torch.device("cpu"))
+        engine: Engine = TorchEngine(module, optimizer, device=torch.device("cpu"))
     else:
         from eqm_dist.train.deepspeed_engine import DeepSpeedEngine
 
-        engine = DeepSpeedEngine(objective, optimizer, device=torch.device("cpu"), zero_stage=2)
-    return model, engine
+        engine = DeepSpeedEngine(module, optimizer, device=torch.device("cpu"), zero_stage=2)
+    return engine
 
 
 def measure(at: int, case: str, size: str, repeats: int, directory: Path) -> None:
@@ -81,12 +82,9 @@ def measure(at: int, case: str, size: str, repeats: int, directory: Path) -> Non
     os.environ |= {"RANK": str(at), "LOCAL_RANK": str(at), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads((os.cpu_count() or 1) // world)
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=at, world_size=world)
-    model, engine = build(case, size)
-    checkpoints = Checkpoints(directory / "checkpoints", keep=1)
-    trained = {name: param.shape for name, param in model.named_parameters() if param.requires_grad}
-    frozen = {name: param.detach() for name, param in model.named_parameters() if not param.requires_grad}
-    saver = Saver(checkpoints, engine, shapes=trained, frozen=frozen, ema_state=ema_key(EMA_DECAY), config="",
-                  max_failed=1)  # fmt: skip
+    engine = build(case, size)
+    checkpoints = Checkpoints(directory / CHECKPOINTS, keep=1)
+    saver = Saver(checkpoints, engine, ema_state=ema_key(EMA_DECAY), config="", max_failed=1)
     content = {f"{piece.state}/{piece.name}/{piece.start}": piece.values for piece in engine.fragments()}
     file = directory / f"torch-{at}.pt"
 
@@ -145,7 +143,7 @@ def measure(at: int, case: str, size: str, repeats: int, directory: Path) -> Non
             file.unlink(missing_ok=True)
     state_bytes = sum(gather_objects(sum(values.nbytes for values in content.values())))
     if rank() == 0:
-        record = {"ranks": world_size(), "parameters": sum(map(torch.Size.numel, trained.values())),
+        record = {"ranks": world_size(), "parameters": sum(map(torch.Size.numel, engine.shapes.values())),
                   "state_bytes": state_bytes, "runs": runs}  # fmt: skip
         (directory / "record.json").write_text(json.dumps(record))
     dist.destroy_process_group()

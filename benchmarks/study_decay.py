@@ -33,6 +33,7 @@ from eqm_dist.evaluate.labels import labels_of
 from eqm_dist.evaluate.metrics import FeatureMoments, feature_moments, frechet_distance
 from eqm_dist.evaluate.train_classifier import digits
 from eqm_dist.pretrained import load
+from eqm_dist.run_directory import RESULT_FILE
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -69,7 +70,7 @@ def train(root: Path, family: str, seed: int) -> Path:
     decay = {f"objective.decay.{key}": value for key, value in FAMILIES[family].items()}
     options = {**TRAINING, **decay, "run.root": root, "run.name": run.name, "run.seed": seed}
     flags = [text for key, value in options.items() for text in (f"--{key}", str(value))]
-    if not (run / "result.json").exists():
+    if not (run / RESULT_FILE).exists():
         with (root / f"{run.name}.log").open("w") as log:
             subprocess.run([sys.executable, "pipelines/train.py", *flags], stdout=log, stderr=log, check=True)
     return run
@@ -77,7 +78,7 @@ def train(root: Path, family: str, seed: int) -> Path:
 
 @torch.no_grad()
 def descent(run: Path, family: str, seed: int) -> Iterator[tuple[int, Tensor]]:
-    """The images [n, H, W, C] of a run after every number of evaluations in ``measured``."""
+    """The images [n, H, W, C] of a run after every NFE in ``measured``."""
     model = load(run)
     field, indices = model.field(torch.device("cpu")), torch.arange(SAMPLES)
     labels = labels_of("balanced", indices, 10, seed)
@@ -89,11 +90,11 @@ def descent(run: Path, family: str, seed: int) -> Iterator[tuple[int, Tensor]]:
         ]
         x = x + STEP / FAMILIES[family]["gradient_scale"] * torch.cat(moves)
         if evaluation in measured(family):
-            yield evaluation, model.decoder.decode(x)
+            yield evaluation, model.autoencoder.decode(x)
 
 
 def measure(run: Path, family: str, seed: int, reference: FeatureMoments) -> list[dict[str, Any]]:
-    """Rows: the FID of a run after every number of evaluations; those there already are read."""
+    """Rows: the FID of a run after every NFE; those there already are read."""
     file = run / "fid.json"
     if not file.exists():
         extractor = load_digit_classifier()
@@ -101,13 +102,13 @@ def measure(run: Path, family: str, seed: int, reference: FeatureMoments) -> lis
         fids = {k: frechet_distance(reference, feature_moments(extractor, images.split(256))) for k, images in along}
         file.write_text(json.dumps(fids))
     return [
-        {"family": family, "seed": seed, "evaluations": int(evaluations), "fid": fid}
-        for evaluations, fid in json.loads(file.read_text()).items()
+        {"family": family, "seed": seed, "evaluations": int(nfe), "fid": fid}
+        for nfe, fid in json.loads(file.read_text()).items()
     ]
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, tuple[int, float, float]]:
-    """For each family its best number of evaluations (of the mean over seeds), and mean and deviation of the FID."""
+    """For each family its best NFE (of the mean over seeds), and mean and deviation of the FID."""
     best = {}
     for family in FAMILIES:
         curve = {
@@ -165,8 +166,8 @@ def main() -> None:
         options.draw = options.out / "decay.json"
         options.draw.write_text(json.dumps(record, indent=1) + "\n")
     rows = json.loads(options.draw.read_text())["rows"]
-    for family, (evaluations, fid, deviation) in summary(rows).items():
-        print(f"{family:26} best FID {fid:6.3f} +- {deviation:.3f} after {evaluations} evaluations")
+    for family, (nfe, fid, deviation) in summary(rows).items():
+        print(f"{family:26} best FID {fid:6.3f} +- {deviation:.3f} after {nfe} evaluations")
     figure(rows).savefig(IMAGES / "decay_families.png", dpi=110)
 
 

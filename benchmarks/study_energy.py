@@ -39,13 +39,13 @@ DRAWN = ("GD 0.02", "NAG 0.02, 0.6", "GD 0.1", "GD 0.2")
 
 
 @torch.no_grad()
-def way(energy: ExplicitEnergy, samples: int, name: str, evaluations: int) -> list[Tensor]:
+def way(energy: ExplicitEnergy, samples: int, name: str, nfe: int) -> list[Tensor]:
     """The points [n, 1, 8, 8] of a descent, start included."""
     step_size, momentum, _ = DESCENTS[name]
     indices = torch.arange(samples)
     x = rng.normal(0, rng.Stream.START_NOISE, indices, (1, 8, 8))
     moved, points = torch.zeros_like(x), [x]
-    for _ in range(evaluations):
+    for _ in range(nfe):
         looks = (x + momentum * moved).split(256)
         fields = [energy(look, labels) for look, labels in zip(looks, (indices % 10).split(256), strict=True)]
         moved = step_size * torch.cat(fields)
@@ -82,7 +82,7 @@ def fids(model: Pretrained, energy: ExplicitEnergy, samples: int) -> dict[str, d
     for name, numbers in MEASURED.items():
         points = way(energy, samples, name, max(numbers))
         found[name] = {
-            k: frechet_distance(reference, feature_moments(extractor, model.decoder.decode(points[k]).split(256)))
+            k: frechet_distance(reference, feature_moments(extractor, model.autoencoder.decode(points[k]).split(256)))
             for k in numbers
         }
     return found

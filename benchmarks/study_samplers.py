@@ -5,7 +5,7 @@ python pipelines/train.py --run.name fm --objective.kind flow_matching --evaluat
 python -m benchmarks.study_samplers --eqm runs/digits --flow-matching runs/fm [--seeds 0 1 2] [--studies adaptive ...]
 python -m benchmarks.study_samplers --draw benchmarks/results/samplers_....json     # figures of docs/images
 
-One trajectory gives the samples of every number of evaluations, and of every stopping limit: a sample that stopped
+One trajectory gives the samples of every NFE, and of every stopping limit: a sample that stopped
 after k evaluations is the x_k of the fixed schedule (tests/test_core_sampling.py). Only ``wall_clock`` needs more: it
 times ``generate`` itself. FID and yardstick as in evaluations: class-balanced samples, all 1,797 digits as reference.
 Several runs of a kind are several training seeds. Every figure is a row of the record, none is averaged there.
@@ -43,7 +43,7 @@ from eqm_dist.core.samplers import (
     Sampler,
     field_norm,
 )
-from eqm_dist.core.sampling import GradientNormStop
+from eqm_dist.core.sampling import GradientNormStop, SamplingMethod
 from eqm_dist.evaluate.features import load_digit_classifier
 from eqm_dist.evaluate.figures import nfe_histogram
 from eqm_dist.evaluate.generate import generate
@@ -101,14 +101,14 @@ def field_of(run: str) -> TimedField:
 
 @torch.no_grad()
 def trajectory(
-    field: TimedField, sampler: Sampler, evaluations: int, seed: int, samples: int
+    field: TimedField, sampler: Sampler, nfe: int, seed: int, samples: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """x after each evaluation, and the norm [n] of the field that was seen in it."""
     rows = torch.arange(samples)
     x, labels = rng.normal(seed, rng.Stream.START_NOISE, rows, SHAPE), balanced_labels(rows, 10)
-    state = sampler.start(x, evaluations, 0.0)
-    for number in range(evaluations):
-        progress = torch.full((samples,), number / evaluations)
+    state = sampler.start(x, nfe, 0.0)
+    for number in range(nfe):
+        progress = torch.full((samples,), number / nfe)
         point, when = sampler.look(x, state, progress)
         parts = zip(point.split(BATCH), labels.split(BATCH), when.split(BATCH), strict=True)
         value = torch.cat([field(*part) for part in parts])
@@ -121,10 +121,10 @@ def trajectory(
 
 def adaptive(run: str, seed: int, samples: int) -> Iterator[Row]:
     """FID against NFE: fixed schedules of every length, and stopping limits of both kinds."""
-    step_size, evaluations = FIXED
-    points, norms = zip(*trajectory(field_of(run), GradientDescent(step_size), evaluations, seed, samples), strict=True)
+    step_size, nfe = FIXED
+    points, norms = zip(*trajectory(field_of(run), GradientDescent(step_size), nfe, seed, samples), strict=True)
     path, norm = torch.stack(points), torch.stack(norms)
-    for count in (*range(18, 40, 2), *range(40, evaluations, 4), evaluations):
+    for count in (*range(18, 40, 2), *range(40, nfe, 4), nfe):
         yield {"schedule": "fixed", "nfe": count, "fid": fid(path[count - 1])}
     for kind, limits in (("norm", NORMS), ("ratio", RATIOS)):
         for limit in limits:
@@ -135,7 +135,7 @@ def adaptive(run: str, seed: int, samples: int) -> Iterator[Row]:
 
 def wall_clock(run: str, seed: int, samples: int) -> Iterator[Row]:
     """Seconds of ``generate`` with the fixed schedule and with a stopping limit."""
-    step_size, evaluations = FIXED
+    step_size, nfe = FIXED
     indices, field = torch.arange(samples), field_of(run)
     for stop in (None, GradientNormStop(norm=STOP_NORM)):
         start = time.process_time()
@@ -144,12 +144,10 @@ def wall_clock(run: str, seed: int, samples: int) -> Iterator[Row]:
             indices=indices,
             labels=balanced_labels(indices, 10),
             latent_shape=SHAPE,
-            sampler=GradientDescent(step_size),
-            evaluations=evaluations,
+            method=SamplingMethod(GradientDescent(step_size), nfe, stop),
             seed=seed,
             decode=IdentityAutoencoder().decode,
             batch=BATCH,
-            stop=stop,
         )
         seconds = time.process_time() - start
         moments = feature_moments(classifier(), generated.images.split(BATCH))
@@ -161,14 +159,14 @@ def wall_clock(run: str, seed: int, samples: int) -> Iterator[Row]:
 def momentum(run: str, seed: int, samples: int) -> Iterator[Row]:
     """Few evaluations: plain and accelerated descent, at the step size of the fixed schedule and twice it."""
     field = field_of(run)
-    for step_size, look_ahead, evaluations in (
+    for step_size, look_ahead, nfe in (
         (0.01, 0, 44),
         (0.01, 0.3, 44),
         (0.02, 0, 26),
         (0.02, 0.3, 26),
         (0.02, 0.6, 26),
     ):
-        path = trajectory(field, NesterovGradientDescent(step_size, look_ahead), evaluations, seed, samples)
+        path = trajectory(field, NesterovGradientDescent(step_size, look_ahead), nfe, seed, samples)
         for count, (x, _) in enumerate(path, 1):
             if count >= 10 and count % 2 == 0:
                 yield {"step_size": step_size, "momentum": look_ahead, "nfe": count, "fid": fid(x)}
@@ -210,8 +208,8 @@ def methods(run: str, seed: int, samples: int) -> Iterator[Row]:
         for steps in (24, 50):
             *_, (x, _) = trajectory(field, GradientDescent(1 / steps), steps, seed, samples)
             yield {"kind": kind, "method": "euler", "nfe": steps, "fid": fid(x)}
-        for name, sampler, evaluations in (("heun", Heun(), 24), ("heun", Heun(), 50), ("dopri5", Dopri5(), 500)):
-            yield {"kind": kind, "method": name, **_generated(field, sampler, evaluations, seed, samples)}
+        for name, sampler, nfe in (("heun", Heun(), 24), ("heun", Heun(), 50), ("dopri5", Dopri5(), 500)):
+            yield {"kind": kind, "method": name, **_generated(field, sampler, nfe, seed, samples)}
         return
     descents: dict[str, tuple[Sampler, int]] = {
         "gd 0.02, decay to 0.005": (GradientDescent(0.02, DecayingStep(0.005)), 30),
@@ -222,23 +220,22 @@ def methods(run: str, seed: int, samples: int) -> Iterator[Row]:
         "adam 0.1, decay to 0.01": (Adam(0.1, DecayingStep(0.01)), 40),
         "adam 0.2, decay to 0.01": (Adam(0.2, DecayingStep(0.01)), 40),
     }
-    for name, (sampler, evaluations) in descents.items():
-        for count, (x, _) in enumerate(trajectory(field, sampler, evaluations, seed, samples), 1):
-            if (count >= 12 and count % 4 == 0) or count == evaluations:
+    for name, (sampler, nfe) in descents.items():
+        for count, (x, _) in enumerate(trajectory(field, sampler, nfe, seed, samples), 1):
+            if (count >= 12 and count % 4 == 0) or count == nfe:
                 yield {"kind": kind, "method": name, "nfe": count, "fid": fid(x)}
-    for name, sampler, evaluations in (("heun", Heun(0.4), 40), ("dopri5", Dopri5(0.4), 500)):
-        yield {"kind": kind, "method": name, **_generated(field, sampler, evaluations, seed, samples)}
+    for name, sampler, nfe in (("heun", Heun(0.4), 40), ("dopri5", Dopri5(0.4), 500)):
+        yield {"kind": kind, "method": name, **_generated(field, sampler, nfe, seed, samples)}
 
 
-def _generated(field: TimedField, sampler: Sampler, evaluations: int, seed: int, samples: int) -> Row:
+def _generated(field: TimedField, sampler: Sampler, nfe: int, seed: int, samples: int) -> Row:
     indices = torch.arange(samples)
     generated = generate(
         field,
         indices=indices,
         labels=balanced_labels(indices, 10),
         latent_shape=SHAPE,
-        sampler=sampler,
-        evaluations=evaluations,
+        method=SamplingMethod(sampler, nfe),
         seed=seed,
         decode=IdentityAutoencoder().decode,
         batch=BATCH,

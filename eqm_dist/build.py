@@ -4,12 +4,11 @@
 """
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import nn
@@ -18,13 +17,14 @@ from eqm_dist.config import (
     Config,
     DecayConfig,
     GuardConfig,
+    ObjectiveConfig,
     SamplerConfig,
+    WeightingConfig,
     require_matching_sampler,
-    to_yaml,
 )
 from eqm_dist.core.corruption import Path as GammaPath
 from eqm_dist.core.corruption import SelfStoppingPath, constant_pace
-from eqm_dist.core.decay import ConstantDecay, Decay, LinearDecay, PiecewiseDecay, TruncatedDecay, divergence_bound
+from eqm_dist.core.decay import ConstantDecay, Decay, LinearDecay, PiecewiseDecay, TruncatedDecay
 from eqm_dist.core.dispersive import Dispersed
 from eqm_dist.core.energy import ExplicitEnergy, of_energy
 from eqm_dist.core.guidance import TimedField, blind_to_time, guided
@@ -39,20 +39,21 @@ from eqm_dist.core.samplers import (
     NesterovGradientDescent,
     Sampler,
 )
-from eqm_dist.core.sampling import GradientNormStop
+from eqm_dist.core.sampling import GradientNormStop, SamplingMethod
 from eqm_dist.core.weighting import MinSnrWeighting, RelativeWeighting, Weighting, weighted
 from eqm_dist.data.cache import FileCache
 from eqm_dist.data.loader import JoinedReader, Loader, ShardReader
 from eqm_dist.data.manifest import Manifest
 from eqm_dist.data.order import MixedOrder, SampleOrder
-from eqm_dist.data.storage import DEADLINE_S, is_remote, local_path
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.evaluator import Evaluator
 from eqm_dist.evaluate.extractors import load_extractor
 from eqm_dist.evaluate.images import TrainingImages
 from eqm_dist.models.autoencoder import Autoencoder, IdentityAutoencoder, load_autoencoder
 from eqm_dist.models.sit import SiT
-from eqm_dist.models.sizes import SIZES, forward_macs, parameter_count, training_flops_per_image
+from eqm_dist.models.sizes import forward_macs, training_flops_per_image
+from eqm_dist.options import required, to_yaml
+from eqm_dist.run_directory import ATTEMPTS_FILE, CHECKPOINTS, EVALUATIONS, METRICS_FILE, SAMPLES
 from eqm_dist.track.attempts import Attempts, CountingTracker
 from eqm_dist.track.composite import CompositeTracker
 from eqm_dist.track.jsonl import JsonlTracker, read_metrics
@@ -64,23 +65,12 @@ from eqm_dist.train.evaluations import SCORE, Evaluations
 from eqm_dist.train.grad_norms import GradientNorms
 from eqm_dist.train.guard import Guard
 from eqm_dist.train.loop import Run
-from eqm_dist.train.memory import model_state_bytes
 from eqm_dist.train.meters import peak_flops
 from eqm_dist.train.mirror import Mirror
 from eqm_dist.train.optimizer import EmaAdamW, ema_key
 from eqm_dist.train.saving import Saver
 from eqm_dist.train.schedule import LearningRateSchedule
-from eqm_dist.train.step import Objective, TrainingStep
-
-CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
-ATTEMPTS_FILE = "attempts.jsonl"
-
-CHECKPOINTS = "checkpoints"
-EVALUATIONS = "evaluations"
-DISPERSIVE_GROUP = 32
-
-DEFAULT_STEP_SIZE = 0.003
+from eqm_dist.train.step import BatchLoss, ModelWithLoss
 
 
 @dataclass(frozen=True)
@@ -96,6 +86,23 @@ class OpenRun:
     config: Config
     directory: Path
     mlflow: MlflowRun | None
+
+    @cached_property
+    def evaluations(self) -> Evaluations:
+        """The results of its evaluations, and which steps are due."""
+        return Evaluations(self.directory / EVALUATIONS, self.config.evaluation.every, self.config.train.steps)
+
+    @cached_property
+    def checkpoints(self) -> Checkpoints:
+        """Its checkpoints, with the rules that say which of them are kept."""
+        settings, evaluations = self.config.checkpoint, self.evaluations
+        rules: dict[str, Rule] = {"best": lambda steps: evaluations.best(steps, settings.keep_best)}
+        if settings.keep_every is not None:
+            multiple = settings.keep_every
+            rules[f"every {multiple}"] = lambda steps: [step for step in steps if step % multiple == 0]
+        if self.config.evaluation.asynchronous:
+            rules["to be evaluated"] = evaluations.awaited
+        return Checkpoints(self.directory / CHECKPOINTS, settings.keep, rules)
 
 
 def build_run(
@@ -121,9 +128,7 @@ def build_run(
 
     reader, order = build_data(config)
     model = build_model(config).to(device)
-    shapes = {name: param.shape for name, param in model.named_parameters() if param.requires_grad}
-    frozen = {name: param.detach().cpu().clone() for name, param in model.named_parameters() if not param.requires_grad}
-    loss = TrainingStep(
+    loss = BatchLoss(
         loss=_build_loss(config),
         seed=config.run.seed,
         latent_scale=reader.manifest.latent_scale,
@@ -132,12 +137,11 @@ def build_run(
         null_label=config.data.num_classes,
         flip=config.data.flip,
     )
-    engine = _build_engine(config, Objective(model, loss), device, micro_batch, grad_accum)
+    engine = _build_engine(config, ModelWithLoss(model, loss), device, micro_batch, grad_accum)
 
-    checkpoints, evaluations = build_checkpoints(opened)
-    state = checkpoints.resume(engine, shapes)
+    state = opened.checkpoints.resume(engine)
     if rank() == 0:
-        evaluations.restart(state.step)
+        opened.evaluations.restart(state.step)
     mirror = build_mirror(opened) if rank() == 0 else None
     ema_state = ema_key(config.optimizer.ema_decays[0])
 
@@ -158,12 +162,10 @@ def build_run(
             warmup_steps=config.optimizer.warmup_steps,
             shape=config.optimizer.schedule,
         ),
-        checkpoints=checkpoints,
+        checkpoints=opened.checkpoints,
         saver=Saver(
-            checkpoints,
+            opened.checkpoints,
             engine,
-            shapes=shapes,
-            frozen=frozen,
             ema_state=ema_state,
             config=to_yaml(config),
             max_failed=config.checkpoint.max_failed_saves,
@@ -171,22 +173,20 @@ def build_run(
             **({"on_whole": mirror.copy} if mirror else {}),
         ),
         evaluate=build_evaluator(config, opened.directory, reader, device)
-        # A mixture is not evaluated, and what is evaluated apart not here.
-        if config.evaluation.every and isinstance(reader, ShardReader) and not config.evaluation.apart
+        # A mixture is not evaluated, and what is evaluated asynchronously not here.
+        if config.evaluation.every and isinstance(reader, ShardReader) and not config.evaluation.asynchronous
         else None,
-        evaluations=evaluations,
-        tracker=_begin_record(opened, evaluations, state.step) if rank() == 0 else None,
-        shapes=shapes,
-        frozen=frozen,
+        evaluations=opened.evaluations,
+        tracker=_begin_record(opened, state.step) if rank() == 0 else None,
         ema_state=ema_state,
         steps=config.train.steps,
         global_batch=config.train.global_batch,
         grad_accum=grad_accum,
         log_every=config.train.log_every,
         save_every=config.checkpoint.every,
-        grad_norms=GradientNorms(list(shapes), device, engine.replicated) if config.train.log_grad_norms else None,
+        grad_norms=GradientNorms(engine) if config.train.log_grad_norms else None,
         guard=_build_guard(config.train.guard),
-        flops_per_image=training_flops_per_image(forward_macs(**_shape_arguments(config))),
+        flops_per_image=training_flops_per_image(forward_macs(**shape_arguments(config))),
         peak_flops=peak_flops(device, config.train.precision, world),
         mirror=mirror,
         state=state,
@@ -196,17 +196,17 @@ def build_run(
 def build_data(config: Config) -> tuple[ShardReader | JoinedReader, SampleOrder | MixedOrder]:
     """What reads the samples, and the order in which they come."""
     data, seed = config.data, config.run.seed
-    limit_bytes = int((data.cache_gib or 64) * 2**30)
-    remote = any(map(is_remote, data.locations()))
-    cache = FileCache(data.cache_dir or "~/.cache/eqm-dist", limit_bytes) if remote else None
-    options: dict[str, Any] = {"verify_checksums": data.verify_checksums, "deadline_s": data.deadline_s or DEADLINE_S}
-    readers = [ShardReader(location, cache=cache, **options) for location in data.locations()]
+    cache = FileCache(required(data.cache_dir), int(required(data.cache_gib) * 2**30)) if data.remote else None
+    readers = [
+        ShardReader(location, cache=cache, verify_checksums=data.verify_checksums, deadline_s=data.deadline_s)
+        for location in data.locations()
+    ]
     orders = [SampleOrder(reader.shard_sizes, seed, data.window_shards) for reader in readers]
     window_bytes = sum(reader.largest_bytes(2 * data.window_shards) for reader in readers if reader.remote)
-    if window_bytes > limit_bytes:
+    if data.cache_gib is not None and window_bytes > data.cache_gib * 2**30:
         raise ConfigError(
             f"The cache must hold two windows of {data.window_shards} shards, {window_bytes / 2**30:.3g} GiB here, and"
-            f" data.cache_gib={limit_bytes / 2**30:g}; raise it or lower data.window_shards."
+            f" data.cache_gib={data.cache_gib:g}; raise it or lower data.window_shards."
         )
     if not data.mix:
         return readers[0], orders[0]
@@ -215,17 +215,11 @@ def build_data(config: Config) -> tuple[ShardReader | JoinedReader, SampleOrder 
 
 def build_model(config: Config) -> SiT:
     """The backbone with its initial weights, a function of the seed."""
-    model, hidden_size, depth, num_heads = config.model, *_width_depth_heads(config)
-    channels, side, _ = config.data.latent_shape
+    model = config.model
     return SiT(
-        input_size=side,
-        patch_size=model.patch_size,
-        in_channels=channels,
-        hidden_size=hidden_size,
-        depth=depth,
-        num_heads=num_heads,
+        **shape_arguments(config),
+        num_heads=required(model.num_heads),
         num_classes=config.data.num_classes,
-        learn_sigma=model.learn_sigma,
         time_conditioned=config.objective.kind == "flow_matching",
         qk_norm=model.qk_norm,
         checkpoint_blocks=config.train.activation_checkpointing,
@@ -236,36 +230,62 @@ def build_model(config: Config) -> SiT:
 
 def build_decay(decay: DecayConfig) -> Decay:
     """c(gamma) of the config."""
-    start = 0.8 if decay.decay_start is None else decay.decay_start
-    if decay.family == "constant":
-        return ConstantDecay(decay.gradient_scale)
-    if decay.family == "linear":
-        return LinearDecay(decay.gradient_scale)
-    if decay.family == "truncated":
-        return TruncatedDecay(start, decay.gradient_scale)
-    return PiecewiseDecay(start, 1.4 if decay.decay_value is None else decay.decay_value, decay.gradient_scale)
+    match decay.family:
+        case "constant":
+            return ConstantDecay(decay.gradient_scale)
+        case "linear":
+            return LinearDecay(decay.gradient_scale)
+        case "truncated":
+            return TruncatedDecay(required(decay.decay_start), decay.gradient_scale)
+        case "piecewise":
+            return PiecewiseDecay(required(decay.decay_start), required(decay.decay_value), decay.gradient_scale)
+        case _:
+            assert_never(decay.family)
+
+
+def build_sampling_method(sampler: SamplerConfig) -> SamplingMethod:
+    """How samples are drawn, by the config."""
+    return SamplingMethod(build_sampler(sampler), sampler.nfe, _build_stop(sampler))
 
 
 def build_sampler(sampler: SamplerConfig) -> Sampler:
     """The method of the config."""
-    step_size, horizon = sampler.step_size or DEFAULT_STEP_SIZE, sampler.horizon or 1.0
-    if sampler.name == "euler":
-        return Euler(horizon)
-    if sampler.name == "heun":
-        return Heun(horizon)
-    if sampler.name == "dopri5":
-        return Dopri5(horizon, sampler.rtol or 1e-3, sampler.atol or 1e-6)
-    decaying = DecayingStep(sampler.final_step_size or step_size / 10) if sampler.step_policy == "decay" else None
-    if sampler.name == "adam":
-        return Adam(step_size, decaying or ConstantStep())
-    policy = decaying or (BacktrackingStep() if sampler.step_policy == "backtracking" else ConstantStep())
-    if sampler.name == "gd":
-        return GradientDescent(step_size, policy)
-    return NesterovGradientDescent(step_size, 0.3 if sampler.momentum is None else sampler.momentum, policy)
+    match sampler.name:
+        case "gd":
+            return GradientDescent(required(sampler.step_size), _build_step_policy(sampler))
+        case "nag":
+            return NesterovGradientDescent(
+                required(sampler.step_size), required(sampler.momentum), _build_step_policy(sampler)
+            )
+        case "adam":
+            policy = _build_step_policy(sampler)
+            assert not isinstance(policy, BacktrackingStep)  # the config refuses it
+            return Adam(required(sampler.step_size), policy)
+        case "euler":
+            return Euler(required(sampler.horizon))
+        case "heun":
+            return Heun(required(sampler.horizon))
+        case "dopri5":
+            return Dopri5(required(sampler.horizon), required(sampler.rtol), required(sampler.atol))
+        case _:
+            assert_never(sampler.name)
 
 
-def build_stop(sampler: SamplerConfig) -> GradientNormStop | None:
-    """The stopping rule of the config, if it has one."""
+def _build_step_policy(sampler: SamplerConfig) -> ConstantStep | DecayingStep | BacktrackingStep:
+    policy = sampler.step_policy
+    assert policy is not None  # descents have one
+    match policy:
+        case "constant":
+            return ConstantStep()
+        case "decay":
+            return DecayingStep(required(sampler.final_step_size))
+        case "backtracking":
+            return BacktrackingStep()
+        case _:
+            assert_never(policy)
+
+
+def _build_stop(sampler: SamplerConfig) -> GradientNormStop | None:
     if sampler.stop_norm is None and sampler.stop_ratio is None:
         return None
     return GradientNormStop(sampler.stop_norm, sampler.stop_ratio)
@@ -277,9 +297,10 @@ def build_field(config: Config, model: nn.Module, null_label: int) -> TimedField
     Raises:
         ConfigError: the sampler cannot follow a field of this objective.
     """
-    require_matching_sampler(config.objective, config.evaluation.sampler)
-    sampler = config.evaluation.sampler
-    field = model if config.objective.energy == "none" else ExplicitEnergy(model, config.objective.energy)
+    require_matching_sampler(config.objective, config.sampler)
+    sampler = config.sampler
+    energy = config.objective.energy
+    field = model if energy == "none" else ExplicitEnergy(model, energy)
     return guided(
         field if config.objective.kind == "flow_matching" else blind_to_time(field),
         cfg_scale=sampler.cfg_scale,
@@ -323,108 +344,24 @@ def plan_batch(config: Config, world: int) -> tuple[int, int]:
             f" train.global_batch={global_batch} on {world} workers; raise train.micro_batch."
         )
     dispersive = config.objective.dispersive
-    parts = world * grad_accum * (dispersive.group or DISPERSIVE_GROUP)
-    if dispersive.weight and global_batch % parts:
+    if dispersive.group is not None and global_batch % (parts := world * grad_accum * dispersive.group):
         raise ConfigError(
             f"objective.dispersive compares groups of samples that no worker or micro-batch may cut, so"
             f" train.global_batch={global_batch} must be a multiple of {parts}: {world} workers x {grad_accum}"
-            f" micro-batches x objective.dispersive.group={dispersive.group or DISPERSIVE_GROUP}; change one of them."
+            f" micro-batches x objective.dispersive.group={dispersive.group}; change one of them."
         )
     return grad_accum, math.ceil(largest / grad_accum)
 
 
-def derived_numbers(config: Config) -> dict[str, str]:
-    """What a config amounts to, for ``--dry-run``: label -> figure with its unit."""
-    shape = _shape_arguments(config)
-    hidden_size, _, num_heads = _width_depth_heads(config)
-    counted = {
-        **shape,
-        "num_classes": config.data.num_classes,
-        "qk_norm_size": hidden_size // num_heads if config.model.qk_norm else 0,
-    }
-    parameters, trained = parameter_count(**counted), parameter_count(**counted, trainable_only=True)
-    macs = forward_macs(**shape)
-    states = 3 + len(config.optimizer.ema_decays)  # fp32 weight, two moments, the averages
-    checkpoint = 4 * (states * trained + parameters)  # and the first average whole
-    numbers = {
-        "parameters": f"{parameters:,} ({trained:,} trained)",
-        "global batch": f"{config.train.global_batch:,} images",
-        "steps": f"{config.train.steps:,}",
-        "images": f"{config.train.steps * config.train.global_batch:,}",
-        "checkpoint": f"{checkpoint:,} bytes ({checkpoint / 2**30:.2f} GiB), {config.checkpoint.keep} kept",
-        "model state": _model_state(config, trained),
-        "training cost": f"{training_flops_per_image(macs) / 1e9:.3f} GFLOP per image ({macs / 1e9:.3f} GMAC forward)",
-        "run directory": str(runs_root(config.run.root) / config.run.name),
-    }
-    bound, _ = step_size_bound(config)
-    if bound is not None:
-        numbers["largest stable step"] = f"{bound:.4g} (plain descent near data; evaluation.sampler.step_size)"
-    return numbers
-
-
-def _model_state(config: Config, trained: int) -> str:
-    """What a worker holds of weights, moments, averages and gradient; of elastic workers, when they are fewest."""
-    workers = config.launch.workers or 1
-    if not isinstance(workers, int):
-        workers = min(workers)
-    plain = config.engine.kind == "torch" or config.launch.launcher == "local"
-    stage = 0 if plain else _zero_stage(config)
-    size = model_state_bytes(trained, len(config.optimizer.ema_decays), stage, workers)
-    how = "plain" if plain else f"ZeRO {stage}"
-    return f"{size:,} bytes ({size / 2**30:.2f} GiB) on each of {workers} worker{'s' * (workers > 1)}, {how}"
-
-
-def step_size_warning(config: Config) -> str | None:
-    """A sentence if the configured descent cannot come to rest near data, else None (docs/decisions/0001)."""
-    bound, what_happens = step_size_bound(config)
-    sampler = config.evaluation.sampler
-    step_size = sampler.step_size or DEFAULT_STEP_SIZE
-    constant = sampler.name in ("gd", "nag") and sampler.step_policy in (None, "constant")
-    if not config.evaluation.every or bound is None or not constant or step_size <= bound:
-        return None
-    return (
-        f"evaluation.sampler.step_size={step_size:g} is above {bound:.4g}, where descent {what_happens};"
-        " expect broken samples, or lower it."
-    )
-
-
-def step_size_bound(config: Config) -> tuple[float | None, str]:
-    """The largest step size with which descent comes to rest near data, if any does, and what it does above."""
-    if config.objective.kind == "self_stopping":
-        return _self_stopping_path(config).step_size_bound, "jumps over the part of the path on which it slows down"
-    decay, _ = _decay_and_path(config)
-    return divergence_bound(decay), "near data diverges for this c(gamma)"
-
-
-def runs_root(root: str | None = None) -> Path:
-    """The directory that holds all runs: ``run.root``, or the default where that is None."""
-    if root is not None:
-        return local_path(root)
-    # Ray unpacks a submitted working directory into a copy that it throws away: runs there would be lost.
-    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    return Path.home() / "eqm-dist-runs" if in_job else Path.cwd() / "runs"
-
-
-def _width_depth_heads(config: Config) -> tuple[int, int, int]:
-    model = config.model
-    if model.size is not None:
-        size = SIZES[model.size]
-        return size.hidden_size, size.depth, size.num_heads
-    assert model.hidden_size is not None
-    assert model.depth is not None
-    assert model.num_heads is not None
-    return model.hidden_size, model.depth, model.num_heads
-
-
-def _shape_arguments(config: Config) -> dict[str, Any]:
-    hidden_size, depth, _ = _width_depth_heads(config)
+def shape_arguments(config: Config) -> dict[str, Any]:
+    """What the cost of the backbone depends on, as ``models.sizes`` takes it."""
     channels, side, _ = config.data.latent_shape
     return {
         "input_size": side,
         "patch_size": config.model.patch_size,
         "in_channels": channels,
-        "hidden_size": hidden_size,
-        "depth": depth,
+        "hidden_size": required(config.model.hidden_size),
+        "depth": required(config.model.depth),
         "learn_sigma": config.model.learn_sigma,
     }
 
@@ -432,65 +369,62 @@ def _shape_arguments(config: Config) -> dict[str, Any]:
 def _build_loss(config: Config) -> Callable[..., torch.Tensor]:
     """(model, latents, labels, gamma=, noise=) -> loss [B]: the error of the field, weighted, then dispersed."""
     objective = config.objective
-    decay, path = _decay_and_path(config)
+    decay, path = decay_and_path(objective)
     flow = objective.kind == "flow_matching"
     loss: Callable[..., torch.Tensor] = flow_matching_loss if flow else partial(eqm_loss, decay=decay, path=path)
     if objective.energy != "none":
         loss = of_energy(loss, objective.energy)
-    if (weighting := _build_weighting(config, decay, path)) is not None:
+    if (weighting := _build_weighting(objective.weighting, decay, path)) is not None:
         loss = weighted(loss, weighting)
     dispersive = objective.dispersive
     if dispersive.weight:
-        loss = Dispersed(loss, dispersive.weight, dispersive.temperature or 1.0, dispersive.group or DISPERSIVE_GROUP)
+        loss = Dispersed(loss, dispersive.weight, required(dispersive.temperature), required(dispersive.group))
     return loss
 
 
-def _decay_and_path(config: Config) -> tuple[Decay, GammaPath]:
+def decay_and_path(objective: ObjectiveConfig) -> tuple[Decay, GammaPath]:
     """c(gamma) of the target, and how gamma moves from noise to data."""
-    objective = config.objective
-    if objective.kind == "eqm":
-        return build_decay(objective.decay), constant_pace
-    if objective.kind == "self_stopping":
-        path = _self_stopping_path(config)
-        return path.pace, path
-    return ConstantDecay(1.0), constant_pace
+    match objective.kind:
+        case "eqm":
+            return build_decay(required(objective.decay)), constant_pace
+        case "self_stopping":
+            path = SelfStoppingPath(required(objective.braking_start))
+            return path.pace, path
+        case "flow_matching" | "time_free_flow_matching":
+            return ConstantDecay(1.0), constant_pace
+        case _:
+            assert_never(objective.kind)
 
 
-def _self_stopping_path(config: Config) -> SelfStoppingPath:
-    start = config.objective.braking_start
-    return SelfStoppingPath() if start is None else SelfStoppingPath(start)
-
-
-def _build_weighting(config: Config, decay: Decay, path: GammaPath) -> Weighting | None:
-    weighting = config.objective.weighting
-    if weighting.kind == "relative":
-        return RelativeWeighting(decay, weighting.floor or 0.1 * decay.gradient_scale)
-    if weighting.kind == "min_snr":
-        return MinSnrWeighting(decay, weighting.snr_limit or 5.0, path)
-    return None
-
-
-def _zero_stage(config: Config) -> int:
-    return 2 if config.engine.zero_stage is None else config.engine.zero_stage
+def _build_weighting(weighting: WeightingConfig, decay: Decay, path: GammaPath) -> Weighting | None:
+    match weighting.kind:
+        case "none":
+            return None
+        case "relative":
+            return RelativeWeighting(decay, required(weighting.floor) * decay.gradient_scale)
+        case "min_snr":
+            return MinSnrWeighting(decay, required(weighting.snr_limit), path)
+        case _:
+            assert_never(weighting.kind)
 
 
 def _build_guard(guard: GuardConfig) -> Guard | None:
     if guard.skip == "none":
         return None
     return Guard(
-        spike_factor=(guard.spike_factor or 10.0) if guard.skip == "spikes" else None,
-        spike_window=guard.spike_window or 100,
-        max_skips=guard.max_skips or 10,
-        max_rollbacks=3 if guard.max_rollbacks is None else guard.max_rollbacks,
+        spike_factor=guard.spike_factor,
+        spike_window=required(guard.spike_window),
+        max_skips=required(guard.max_skips),
+        max_rollbacks=required(guard.max_rollbacks),
     )
 
 
 def _build_engine(
-    config: Config, objective: Objective, device: torch.device, micro_batch: int, grad_accum: int
+    config: Config, module: ModelWithLoss, device: torch.device, micro_batch: int, grad_accum: int
 ) -> Engine:
     settings = config.optimizer
     optimizer = EmaAdamW(
-        objective.trained_parameters().values(),
+        module.trained_parameters().values(),
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.eps,
@@ -502,20 +436,26 @@ def _build_engine(
         "precision": config.train.precision,
         "gradient_clip": settings.gradient_clip,
     }
-    if config.engine.kind == "torch" or config.launch.launcher == "local":
-        return TorchEngine(objective, optimizer, **common)
-    from eqm_dist.train.deepspeed_engine import DeepSpeedEngine  # seconds to import, and not needed above
+    kind = config.engine.kind
+    assert kind is not None  # settled by the launcher
+    match kind:
+        case "torch":
+            return TorchEngine(module, optimizer, **common)
+        case "deepspeed":
+            from eqm_dist.train.deepspeed_engine import DeepSpeedEngine  # seconds to import, and not needed above
 
-    return DeepSpeedEngine(
-        objective,
-        optimizer,
-        **common,
-        zero_stage=_zero_stage(config),
-        offload=config.engine.offload == "cpu",
-        micro_batch=micro_batch,
-        grad_accum=grad_accum,
-        more=config.engine.deepspeed,
-    )
+            return DeepSpeedEngine(
+                module,
+                optimizer,
+                **common,
+                zero_stage=required(config.engine.zero_stage),
+                offload=config.engine.offload == "cpu",
+                micro_batch=micro_batch,
+                grad_accum=grad_accum,
+                more=config.engine.deepspeed,
+            )
+        case _:
+            assert_never(kind)
 
 
 def build_evaluator(
@@ -527,9 +467,7 @@ def build_evaluator(
     return Evaluator(
         model=model,
         field=build_field(config, model, config.data.num_classes),
-        sampler=build_sampler(evaluation.sampler),
-        evaluations=evaluation.sampler.evaluations,
-        stop=build_stop(evaluation.sampler),
+        method=build_sampling_method(config.sampler),
         autoencoder=autoencoder,
         real=TrainingImages(config.data.shards or "", reader, autoencoder, device),
         num_classes=config.data.num_classes,
@@ -540,27 +478,12 @@ def build_evaluator(
         batch=evaluation.batch,
         columns=evaluation.grid_columns,
         seed=config.run.seed,
-        directory=directory / "samples",
+        directory=directory / SAMPLES,
         cache=cache,
         rank=rank(),
         world=world_size(),
         all_reduce_sum=all_reduce_sum,
     )
-
-
-def build_checkpoints(opened: OpenRun) -> tuple[Checkpoints, Evaluations]:
-    """The checkpoints of a run and the evaluations that say which of them are worth keeping."""
-    config = opened.config
-    evaluations = Evaluations(opened.directory / EVALUATIONS, config.evaluation.every, config.train.steps)
-
-    settings = config.checkpoint
-    rules: dict[str, Rule] = {"best": lambda steps: evaluations.best(steps, settings.keep_best)}
-    if settings.keep_every is not None:
-        multiple = settings.keep_every
-        rules[f"every {multiple}"] = lambda steps: [step for step in steps if step % multiple == 0]
-    if config.evaluation.apart:
-        rules["to be evaluated"] = evaluations.awaited
-    return Checkpoints(opened.directory / CHECKPOINTS, settings.keep, rules), evaluations
 
 
 def build_mirror(opened: OpenRun) -> Mirror | None:
@@ -573,23 +496,22 @@ def build_mirror(opened: OpenRun) -> Mirror | None:
     if config.checkpoint.mirror is None:
         return None
     location = f"{config.checkpoint.mirror.rstrip('/')}/{config.run.name}"
-    deadline_s = config.checkpoint.mirror_deadline_s or DEADLINE_S
-    return Mirror(location, opened.directory, build_checkpoints(opened)[0], deadline_s)
+    return Mirror(location, opened.directory, opened.checkpoints, config.checkpoint.mirror_deadline_s)
 
 
-def _begin_record(opened: OpenRun, evaluations: Evaluations, step: int) -> CountingTracker:
+def _begin_record(opened: OpenRun, step: int) -> CountingTracker:
     """The record of an attempt; what the one before did beyond ``step`` is counted, then dropped."""
     attempts = Attempts(
         opened.directory / ATTEMPTS_FILE, read_metrics(opened.directory / METRICS_FILE), step, world_size()
     )
-    return CountingTracker(open_tracker(opened, evaluations, step), attempts)
+    return CountingTracker(open_tracker(opened, step), attempts)
 
 
-def open_tracker(opened: OpenRun, evaluations: Evaluations, resume_step: int) -> CompositeTracker:
+def open_tracker(opened: OpenRun, resume_step: int) -> CompositeTracker:
     """The record of a run that starts or resumes at a step; what it knows of the evaluations already is no news."""
     file = opened.directory / METRICS_FILE
     trackers: list[Any] = [JsonlTracker(file, resume_step)]  # first: it drops the steps that are done again
     if opened.mlflow is not None:
         trackers.append(MlflowTracker(opened.mlflow, read_metrics(file)))
-    evaluations.seen(line["step"] for line in read_metrics(file) if SCORE in line)
+    opened.evaluations.seen(line["step"] for line in read_metrics(file) if SCORE in line)
     return CompositeTracker(trackers)

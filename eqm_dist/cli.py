@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 
 import yaml
 
-from eqm_dist.config import Config, annotation_name, options, read_yaml, suggestion, with_overrides
+from eqm_dist.config import Config
 from eqm_dist.errors import ConfigError, EqmDistError
+from eqm_dist.options import options, read_yaml, suggestion, with_overrides
 from eqm_dist.presets import PRESETS
 
 
@@ -65,15 +66,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def add_config_flags(command: argparse.ArgumentParser, *prefixes: str) -> None:
     """Make config keys flags of a command: those that start with one of the prefixes, by default all."""
     groups: dict[str, Any] = {}
-    for key, field in options(Config):
-        if prefixes and not key.startswith(prefixes):
+    for option in options(Config):
+        if prefixes and not option.key.startswith(prefixes):
             continue
-        section = key.split(".")[0]
+        section = option.key.split(".")[0]
         if section not in groups:
             groups[section] = command.add_argument_group(section, Config.model_fields[section].annotation.__doc__)
-        shown = not field.is_required() and field.default is not None
-        text = f"{field.description}{f' (default: {field.default})' * shown}".replace("%", "%%")
-        groups[section].add_argument(f"--{key}", metavar=annotation_name(field.annotation), help=text)
+        text = option.help.replace("%", "%%")
+        groups[section].add_argument(f"--{option.key}", metavar=option.type_name, help=text)
 
 
 def add_model_flags(command: argparse.ArgumentParser, *prefixes: str) -> None:
@@ -88,9 +88,9 @@ def add_model_flags(command: argparse.ArgumentParser, *prefixes: str) -> None:
     )  # fmt: skip
     command.add_argument(
         "--config", metavar="FILE",
-        help="YAML file whose evaluation.sampler is used: best.yaml of a sweep, config.yaml of a run",
+        help="YAML file whose sampler section is used: best.yaml of a sweep, config.yaml of a run",
     )  # fmt: skip
-    add_config_flags(command, "evaluation.sampler.", "objective.kind", "objective.energy", "model.num_heads", *prefixes)
+    add_config_flags(command, "sampler.", "objective.kind", "objective.energy", "model.num_heads", *prefixes)
 
 
 def count(text: str) -> int:
@@ -102,13 +102,13 @@ def count(text: str) -> int:
 
 def hours(text: str) -> float:
     """A flag's value that is a length of time."""
-    if not (found := share(text)):
+    if not (found := non_negative(text)):
         raise argparse.ArgumentTypeError(f"must be a positive number of hours, got {text}")
     return found
 
 
-def share(text: str) -> float:
-    """A flag's value that is a number, none or a fraction of things."""
+def non_negative(text: str) -> float:
+    """A flag's value that is a number of at least 0, such as a share of a GPU."""
     try:
         found = float(text)
     except ValueError:
@@ -126,7 +126,7 @@ def config_from(arguments: argparse.Namespace) -> Config:
     """
     config = PRESETS[arguments.preset or "digits"]()
     if arguments.config:
-        config = with_overrides(config, read_yaml(arguments.config), arguments.config)
+        config = with_overrides(config, read_yaml(arguments.config, Config), arguments.config)
     return with_overrides(config, overrides_from(arguments), "command line")
 
 
@@ -136,13 +136,13 @@ def model_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: the file has no sampler.
     """
-    prefix = "evaluation.sampler."
+    prefix = "sampler."
     sampler: dict[str, Any] = {}
     if arguments.config:
-        sampler = {key: value for key, value in read_yaml(arguments.config).items() if key.startswith(prefix)}
+        sampler = {key: value for key, value in read_yaml(arguments.config, Config).items() if key.startswith(prefix)}
         if not sampler:
             raise ConfigError(
-                f"--config must name a YAML file with evaluation.sampler, of which {arguments.config} has nothing;"
+                f"--config must name a YAML file with a sampler section, and {arguments.config} has none;"
                 " use best.yaml of a sweep or config.yaml of a run."
             )
     return {**sampler, **overrides_from(arguments)}
@@ -150,7 +150,7 @@ def model_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def overrides_from(arguments: argparse.Namespace) -> dict[str, Any]:
     """The config keys that flags set."""
-    keys = [key for key, _ in options(Config)]
+    keys = [option.key for option in options(Config)]
     return {key: _value(key, text) for key in keys if (text := getattr(arguments, key, None)) is not None}
 
 

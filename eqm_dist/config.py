@@ -1,66 +1,42 @@
-"""Every option of every command, as frozen models that refuse what they do not know.
+"""Every option of every command, as frozen sections that refuse what they do not know.
 
 ``Config`` is the whole of a training run; its sections are its table of contents. A value comes from, in rising
-order, the defaults below, a preset, a YAML file and the command line (``eqm_dist.cli``). Nothing here imports torch,
-so that ``--help`` answers at once; only ``eqm_dist.build`` and what stands above it read it.
+order, the defaults below, a preset, a YAML file and the command line (``eqm_dist.cli``). How an option states when it
+takes effect is in ``eqm_dist.options``. Nothing here imports torch, so that ``--help`` answers at once; only
+``eqm_dist.build`` and what stands above it read it.
 """
 
 import contextlib
-import difflib
-import typing
-from collections.abc import Collection, Iterator, Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar, cast
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
 
-import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    ValidatorFunctionWrapHandler,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from eqm_dist.errors import ConfigError
+from eqm_dist.options import (
+    REQUIRED,
+    Axis,
+    Only,
+    Place,
+    Resumable,
+    Section,
+    flatten,
+    given,
+    make,
+    no_effect,
+    put,
+    put_section,
+    settle,
+    shown,
+)
 
 Positive = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, complete, unknown keys refused, finite numbers only."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # To pydantic true is 1 and false is 0; in YAML yes, no, on and off are booleans too.
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
-            raise ValueError(f"should not be true or false, got {value}")
-        return value
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one level of dotted keys: ``{"a": {"b": 1}}`` becomes ``{"a.b": 1}``.
-
-    An option whose value is a mapping stays one.
-    """
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and f"{prefix}{name}" != "engine.deepspeed":
-            flat |= flatten(cast("Mapping[str, Any]", value), f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
-T = TypeVar("T", bound=Section)
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class RunConfig(Section):
@@ -68,8 +44,8 @@ class RunConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = "digits"
     """Name of the run; also the name of its directory."""
-    root: str | None = None
-    """Directory that holds all runs; default: runs/ here, or ~/eqm-dist-runs inside a submitted Ray job."""
+    root: Annotated[str | None, Resumable, Place] = None
+    """Directory that holds all runs. Default: runs/ here, or ~/eqm-dist-runs inside a submitted Ray job."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed of everything random: order, noise, gamma, label dropout, initial weights."""
 
@@ -92,9 +68,9 @@ class MixConfig(Section):
 class DataConfig(Section):
     """The latent shards that training reads."""
 
-    shards: str | None = None
-    """Directory or s3:// prefix with manifest.json; default: the embedded digits, written at first use."""
-    mix: tuple[MixConfig, ...] = ()
+    shards: Annotated[str | None, Resumable, Place] = None
+    """Directory or s3:// prefix with manifest.json. Default: the embedded digits, written at first use."""
+    mix: Annotated[tuple[MixConfig, ...], Place] = ()
     """Several data sets instead of one, as [{shards: ..., weight: ...}, ...]."""
     latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 8, 8)
     """Channels, height and width of a latent; checked against the shards."""
@@ -102,150 +78,144 @@ class DataConfig(Section):
     """Number of classes; checked against the shards."""
     window_shards: PositiveInt = 8
     """Samples are shuffled within windows of this many shards."""
-    flip: bool = False
+    flip: Annotated[bool, Axis] = False
     """Draw the mirrored image half of the time; the shards must hold it."""
-    verify_checksums: bool = True
+    verify_checksums: Annotated[bool, Resumable] = True
     """Compare each shard with the manifest's sha256 when it is first read."""
-    workers: Count = 1
-    """Threads per process that make batches ahead of need; 0 makes each when it is asked for."""
-    cache_dir: str | None = None
-    """Where files from s3:// are kept, for all processes of a machine; default ~/.cache/eqm-dist; s3:// only."""
-    cache_gib: Positive | None = None
-    """Disk that they may take, in GiB; default 64; s3:// only."""
-    deadline_s: Positive | None = None
-    """Seconds for which s3:// may fail or stall before the run gives up; default 60; s3:// only."""
+    workers: Annotated[Count, Resumable] = 1
+    """Threads per process that prepare batches in advance; 0 prepares each batch when it is asked for."""
+    cache_dir: Annotated[
+        str | None, Only("remote", (True,), "~/.cache/eqm-dist", words="shards on s3://"), Resumable, Place
+    ] = None
+    """Directory that keeps files from s3://, shared by all processes of a machine."""
+    cache_gib: Annotated[Positive | None, Only("remote", (True,), 64.0, words="shards on s3://"), Resumable] = None
+    """Most disk space that these files may take, in GiB."""
+    deadline_s: Annotated[Positive | None, Only("remote", (True,), 60.0, words="shards on s3://"), Resumable] = None
+    """Seconds for which s3:// may fail or stall before the run gives up."""
 
     @model_validator(mode="after")
-    def _only_what_takes_effect(self) -> Self:
+    def _one_or_several(self) -> Self:
         if self.shards is not None and self.mix:
-            raise ValueError("shards has no effect beside mix; put it into mix or leave one of them out")
-        remote = any(location.startswith("s3://") for location in self.locations())
-        for name in ("cache_dir", "cache_gib", "deadline_s"):
-            if not remote and getattr(self, name) is not None:
-                raise ValueError(f"{name} has no effect on shards that are not on s3://; leave it out")
+            raise no_effect("shards", "shards has no effect beside mix; put it into mix or leave one of them out")
         return self
+
+    @property
+    def remote(self) -> bool:
+        """Whether any data set lies on S3."""
+        return any(location.startswith("s3://") for location in self.locations())
 
     def locations(self) -> list[str]:
         """Every data set's location."""
         return [part.shards for part in self.mix] or [self.shards or ""]
 
 
-class ModelConfig(Section):
-    """The SiT backbone: a named size, or width, depth and heads of your own."""
+class Size(NamedTuple):
+    """A published size of the backbone."""
 
-    size: Literal["S", "B", "L", "XL"] | None = None
-    """Official size; leave out hidden_size, depth and num_heads then."""
+    depth: int
+    hidden_size: int
+    num_heads: int
+
+
+SIZES = {
+    "S": Size(depth=12, hidden_size=384, num_heads=6),
+    "B": Size(depth=12, hidden_size=768, num_heads=12),
+    "L": Size(depth=24, hidden_size=1024, num_heads=16),
+    "XL": Size(depth=28, hidden_size=1152, num_heads=16),
+}
+
+
+def _published(attribute: str) -> Callable[[Any], int]:
+    """What a published size fixes."""
+    return lambda model: getattr(SIZES[model.size], attribute)
+
+
+class ModelConfig(Section, marks=(Axis,)):
+    """The SiT backbone: a published size, or width, depth and heads of your own."""
+
+    size: Literal["custom", "S", "B", "L", "XL"] = "custom"
+    """A published size, or custom: hidden_size, depth and num_heads are given."""
     patch_size: PositiveInt = 2
     """Side of a patch in latent pixels."""
-    hidden_size: PositiveInt | None = None
+    hidden_size: Annotated[PositiveInt | None, Only("size", ("custom",), REQUIRED, _published("hidden_size"))] = None
     """Width of the tokens."""
-    depth: PositiveInt | None = None
+    depth: Annotated[PositiveInt | None, Only("size", ("custom",), REQUIRED, _published("depth"))] = None
     """Number of blocks."""
-    num_heads: PositiveInt | None = None
+    num_heads: Annotated[PositiveInt | None, Only("size", ("custom",), REQUIRED, _published("num_heads"))] = None
     """Attention heads."""
     qk_norm: bool = False
-    """Normalise queries and keys, which keeps attention in bf16 from blowing up; official checkpoints do not."""
+    """Normalise queries and keys, which keeps attention stable in bf16. Official checkpoints do not."""
     learn_sigma: bool = False
-    """Keep the unused second half of the output channels that official checkpoints have."""
+    """Keep the second half of the output channels that official checkpoints have and nobody uses."""
     zero_init: bool = True
-    """Start with a zero output layer; the l2 energy cannot (its gradient would stay zero)."""
-
-    @model_validator(mode="after")
-    def _one_way_to_size(self) -> Self:
-        free = {"hidden_size": self.hidden_size, "depth": self.depth, "num_heads": self.num_heads}
-        given = [name for name, value in free.items() if value is not None]
-        if self.size is not None and given:
-            raise ValueError(f"size {self.size} already fixes {', '.join(given)}; set them to null, or size to null")
-        if self.size is None and len(given) < 3:
-            missing = [name for name in free if name not in given]
-            raise ValueError(f"without a size, {', '.join(missing)} must be given; or choose size S, B, L or XL")
-        return self
+    """Start with an output layer of zeros. The l2 energy cannot: its gradient would stay zero."""
 
 
-class DecayConfig(Section):
+class DecayConfig(Section, marks=(Axis,)):
     """c(gamma), the factor that lets the target field vanish at the data (paper Eqs. 4-6)."""
 
     family: Literal["constant", "linear", "truncated", "piecewise"] = "truncated"
     """Shape of c(gamma)."""
     gradient_scale: Positive = 4.0
     """lambda, the factor in front."""
-    decay_start: Fraction | None = None
-    """a, where the decay to zero begins; default 0.8; truncated and piecewise only."""
-    decay_value: Annotated[float, Field(ge=0)] | None = None
-    """b, the value at gamma = 0; default 1.4; piecewise only."""
-
-    @model_validator(mode="after")
-    def _only_what_the_family_has(self) -> Self:
-        if self.decay_start is not None and self.family not in ("truncated", "piecewise"):
-            raise ValueError(f"decay_start has no effect on the {self.family} family; leave it out")
-        if self.decay_value is not None and self.family != "piecewise":
-            raise ValueError(f"decay_value has no effect on the {self.family} family; leave it out")
-        return self
+    decay_start: Annotated[Fraction | None, Only("family", ("truncated", "piecewise"), 0.8)] = None
+    """a, the gamma at which the decay to zero begins."""
+    decay_value: Annotated[Annotated[float, Field(ge=0)] | None, Only("family", ("piecewise",), 1.4)] = None
+    """b, the value at gamma = 0."""
 
 
-class WeightingConfig(Section):
+class WeightingConfig(Section, marks=(Axis,)):
     """Weights of the loss by gamma; the logged loss is the weighted one."""
 
     kind: Literal["none", "relative", "min_snr"] = "none"
-    """relative: 1 / max(c, floor)^2, the error in proportion to its target; min_snr: by signal to noise, capped."""
-    floor: Positive | None = None
-    """Smallest c(gamma) that is divided by; default a tenth of its scale; relative only."""
-    snr_limit: Positive | None = None
-    """Largest signal-to-noise ratio that counts; default 5; min_snr only."""
-
-    @model_validator(mode="after")
-    def _only_what_the_kind_has(self) -> Self:
-        for name, kind in (("floor", "relative"), ("snr_limit", "min_snr")):
-            if getattr(self, name) is not None and self.kind != kind:
-                raise ValueError(f"{name} has no effect with kind={self.kind}; leave it out or use kind={kind}")
-        return self
+    """relative: 1 / max(c, floor * lambda)^2, relative to the target; min_snr: by signal to noise, with a limit."""
+    floor: Annotated[Positive | None, Only("kind", ("relative",), 0.1)] = None
+    """Smallest c(gamma) that is divided by, as a part of lambda."""
+    snr_limit: Annotated[Positive | None, Only("kind", ("min_snr",), 5.0)] = None
+    """Largest signal-to-noise ratio that counts."""
 
 
-class DispersiveConfig(Section):
+class DispersiveConfig(Section, marks=(Axis,)):
     """The dispersive loss on the last block's tokens (Wang & He, arXiv 2506.09027)."""
 
     weight: Annotated[float, Field(ge=0)] = 0.0
-    """Its factor; 0 for none, 0.5 in the official code."""
-    temperature: Positive | None = None
-    """Squared distances are divided by it; default 1, as in the official code."""
-    group: Annotated[int, Field(ge=2)] | None = None
-    """Samples that are compared with each other, which one worker's micro-batch holds whole; default 32."""
+    """Factor of the dispersive loss; 0 turns it off, the official code has 0.5."""
+    temperature: Annotated[Positive | None, Only("on", (True,), 1.0, words="a weight above 0")] = None
+    """Squared distances are divided by it, as in the official code."""
+    group: Annotated[Annotated[int, Field(ge=2)] | None, Only("on", (True,), 32, words="a weight above 0")] = None
+    """Samples that are compared with each other; one worker's micro-batch holds all of them."""
 
-    @model_validator(mode="after")
-    def _needs_a_weight(self) -> Self:
-        for name in ("temperature", "group"):
-            if self.weight == 0 and getattr(self, name) is not None:
-                raise ValueError(f"{name} has no effect with weight=0; leave it out or give a weight")
-        return self
+    @property
+    def on(self) -> bool:
+        """Whether it has any weight."""
+        return self.weight > 0
 
 
-class ObjectiveConfig(Section):
+class ObjectiveConfig(Section, marks=(Axis,)):
     """What the network learns."""
 
     kind: Literal["eqm", "self_stopping", "flow_matching", "time_free_flow_matching"] = "eqm"
     """Equilibrium Matching, its form on a path that stops at the data, or one of its two baselines."""
-    decay: DecayConfig = DecayConfig()
+    decay: Annotated[DecayConfig | None, Only("kind", ("eqm",), make(DecayConfig))] = None
     """c(gamma) of Equilibrium Matching."""
-    braking_start: Fraction | None = None
-    """t_c, where the path of kind=self_stopping begins to slow down; default 0.8 (not published)."""
-    energy: Literal["none", "dot", "l2"] = "none"
+    braking_start: Annotated[Fraction | None, Only("kind", ("self_stopping",), 0.8)] = None
+    """t_c, the time at which the path begins to slow down (not published)."""
+    energy: Annotated[
+        Literal["none", "dot", "l2"], Only("kind", ("eqm", "self_stopping"), "none", otherwise="none")
+    ] = "none"
     """Explicit energy whose gradient is the field (EqM-E)."""
-    weighting: WeightingConfig = WeightingConfig()
+    weighting: WeightingConfig = Field(default_factory=WeightingConfig)
     """Weights of the loss by gamma."""
-    dispersive: DispersiveConfig = DispersiveConfig()
-    """A loss that pushes representations apart."""
+    dispersive: DispersiveConfig = Field(default_factory=DispersiveConfig)
+    """A loss that pushes representations away from each other."""
     label_dropout: Fraction = 0.1
     """Probability of replacing a label by the null label, for classifier-free guidance."""
 
     @model_validator(mode="after")
-    def _only_what_takes_effect(self) -> Self:
-        if self.kind != "eqm" and self.decay != DecayConfig():
-            raise ValueError(f"decay has no effect with kind={self.kind}; leave it out or use kind=eqm")
-        if self.kind != "self_stopping" and self.braking_start is not None:
-            raise ValueError(f"braking_start has no effect with kind={self.kind}; leave it out or use self_stopping")
-        if self.kind not in ("eqm", "self_stopping") and self.energy != "none":
-            raise ValueError(f"energy={self.energy} needs kind=eqm or self_stopping, not {self.kind}; use energy=none")
-        constant = self.kind not in ("eqm", "self_stopping") or self.decay.family == "constant"
+    def _parts_agree(self) -> Self:
+        constant = self.kind not in ("eqm", "self_stopping")
+        if self.decay is not None:
+            constant = self.decay.family == "constant"
         if self.weighting.kind == "relative" and constant:
             raise ValueError("weighting.kind=relative has no effect on a target of constant length; use kind=none")
         if self.dispersive.weight and self.energy != "none":
@@ -256,8 +226,8 @@ class ObjectiveConfig(Section):
         return self
 
 
-class OptimizerConfig(Section):
-    """AdamW that carries the exponential moving averages, and its learning-rate schedule."""
+class OptimizerConfig(Section, marks=(Axis,)):
+    """AdamW that carries the exponential moving averages (EMA) of the weights, and its learning-rate schedule."""
 
     learning_rate: Positive = 1e-4
     """Peak learning rate."""
@@ -268,64 +238,54 @@ class OptimizerConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
     gradient_clip: Positive | None = None
-    """Largest norm of the whole gradient; null for no clipping."""
+    """Largest norm of the whole gradient; null turns clipping off."""
     warmup_steps: Count = 0
     """Steps of linear warm-up from zero."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Learning rate after the warm-up: kept, or decayed to zero at the last step."""
+    """Learning rate after the warm-up: constant, or decayed to zero at the last step."""
     ema_decays: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.9999,)
-    """Decays of the averaged weights; the first is evaluated and exported."""
+    """Decays of the EMAs of the weights; the first EMA is evaluated and exported."""
 
     @model_validator(mode="after")
-    def _distinct_averages(self) -> Self:
+    def _distinct_emas(self) -> Self:
         if len(set(self.ema_decays)) < len(self.ema_decays):
             raise ValueError(f"ema_decays must differ from each other, got {list(self.ema_decays)}; drop the repeats")
         return self
 
 
-class GuardConfig(Section):
+class GuardConfig(Section, marks=(Resumable,)):
     """Updates that would do harm: which are skipped, and when the run goes back to a checkpoint."""
 
     skip: Literal["none", "non_finite", "spikes"] = "non_finite"
     """Skip updates whose loss or gradient is NaN or infinite; spikes: also those whose gradient is far too large."""
-    spike_factor: Annotated[float, Field(gt=1)] | None = None
-    """How many times the usual norm a gradient may have; default 10; skip=spikes only."""
-    spike_window: PositiveInt | None = None
-    """Updates whose mean norm is the usual one; nothing is a spike before; default 100; skip=spikes only."""
-    max_skips: PositiveInt | None = None
-    """Updates skipped in a row after which the run goes back and passes their batches over; default 10."""
-    max_rollbacks: Count | None = None
-    """Times that it goes back to the same checkpoint before it ends as failed; default 3."""
-
-    @model_validator(mode="after")
-    def _only_what_takes_effect(self) -> Self:
-        for name in ("spike_factor", "spike_window"):
-            if self.skip != "spikes" and getattr(self, name) is not None:
-                raise ValueError(f"{name} has no effect with skip={self.skip}; leave it out or use skip=spikes")
-        for name in ("max_skips", "max_rollbacks"):
-            if self.skip == "none" and getattr(self, name) is not None:
-                raise ValueError(f"{name} has no effect with skip=none; leave it out or use skip=non_finite")
-        return self
+    spike_factor: Annotated[Annotated[float, Field(gt=1)] | None, Only("skip", ("spikes",), 10.0)] = None
+    """Skip an update whose gradient norm exceeds this multiple of its running mean."""
+    spike_window: Annotated[PositiveInt | None, Only("skip", ("non_finite", "spikes"), 100)] = None
+    """Updates in the running mean of the gradient norm; no spike is skipped before there are so many."""
+    max_skips: Annotated[PositiveInt | None, Only("skip", ("non_finite", "spikes"), 10)] = None
+    """Go back to the last checkpoint after this many skipped updates in a row, and pass their batches over."""
+    max_rollbacks: Annotated[Count | None, Only("skip", ("non_finite", "spikes"), 3)] = None
+    """End the run as failed when it would go back to the same checkpoint more often than this."""
 
 
 class TrainConfig(Section):
     """How long and in which batches."""
 
-    steps: PositiveInt = 2000
+    steps: Annotated[PositiveInt, Resumable] = 2000
     """Number of updates."""
-    global_batch: PositiveInt = 128
+    global_batch: Annotated[PositiveInt, Axis] = 128
     """Samples per update over all workers; any number, divisible by the workers or not."""
-    micro_batch: PositiveInt | None = None
-    """Most samples of one forward pass per worker; more are accumulated. Default: no accumulation."""
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """Arithmetic of the forward and backward pass; weights and averages stay fp32."""
-    activation_checkpointing: bool = False
+    micro_batch: Annotated[PositiveInt | None, Resumable] = None
+    """Most samples of one forward pass per worker; more are accumulated. null: no limit, no accumulation."""
+    precision: Annotated[Literal["fp32", "tf32", "bf16"], Axis] = "fp32"
+    """Arithmetic of the forward and backward pass; weights and EMAs stay fp32."""
+    activation_checkpointing: Annotated[bool, Resumable] = False
     """Compute the blocks' activations again in the backward pass instead of keeping them: a third more arithmetic."""
-    log_grad_norms: bool = False
-    """Log the norm of the gradient also for the embedders, each block and the final layer."""
-    log_every: PositiveInt = 50
+    log_grad_norms: Annotated[bool, Resumable] = False
+    """Log the gradient norm of the embedders, of each block and of the final layer as well."""
+    log_every: Annotated[PositiveInt, Resumable] = 50
     """Steps between two lines of progress."""
-    guard: GuardConfig = GuardConfig()
+    guard: GuardConfig = Field(default_factory=GuardConfig)
     """What happens to updates that would do harm."""
 
     @model_validator(mode="after")
@@ -363,16 +323,20 @@ DEEPSPEED_KEYS = ("zero_optimization", "communication_data_type", "comms_logger"
                   "wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_python_gc")  # fmt: skip
 
 
-class EngineConfig(Section):
+class EngineConfig(Section, marks=(Resumable,)):
     """Who runs the updates."""
 
-    kind: Literal["deepspeed", "torch"] | None = None
-    """DeepSpeed with ZeRO, or its plain-torch twin (everything on every worker); default torch if launched locally."""
-    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
-    """ZeRO stage of DeepSpeed; default 2."""
-    offload: Literal["none", "cpu"] = "none"
-    """cpu: keep fp32 weights, moments and averages in host memory, and update them there; ZeRO 1 to 3."""
-    deepspeed: dict[str, Any] = {}
+    kind: Annotated[
+        Literal["deepspeed", "torch"] | None, Only("launch.launcher", ("ray",), "deepspeed", otherwise="torch")
+    ] = None
+    """DeepSpeed with ZeRO, or its plain-torch twin, which keeps everything on every worker."""
+    zero_stage: Annotated[Annotated[int, Field(ge=0, le=3)] | None, Only("kind", ("deepspeed",), 2)] = None
+    """ZeRO stage of DeepSpeed."""
+    offload: Annotated[Literal["none", "cpu"], Only("kind", ("deepspeed",), "none", otherwise="none")] = "none"
+    """cpu: keep fp32 weights, moments and EMAs in host memory, and update them there; needs ZeRO 1 to 3."""
+    deepspeed: Annotated[dict[str, Any], Only("kind", ("deepspeed",), make(dict), otherwise=make(dict))] = Field(
+        default={}
+    )
     """More of DeepSpeed's own keys, as {zero_optimization: {overlap_comm: true}}."""
 
     @field_validator("offload", mode="before")
@@ -386,10 +350,7 @@ class EngineConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _only_what_takes_effect(self) -> Self:
-        for name, given in self.deepspeed_settings().items():
-            if self.kind == "torch" and given:
-                raise ValueError(f"{name}={getattr(self, name)} has no effect on the torch engine; use kind=deepspeed")
+    def _parts_agree(self) -> Self:
         if self.offload == "cpu" and self.zero_stage == 0:
             raise ValueError("offload=cpu needs a state that is partitioned; use zero_stage 1, 2 or 3")
         for key in (*self.deepspeed, *flatten(self.deepspeed)):
@@ -402,31 +363,26 @@ class EngineConfig(Section):
                 )
         return self
 
-    def deepspeed_settings(self) -> dict[str, bool]:
-        """The keys that only DeepSpeed has, and whether they are set."""
-        return {
-            "zero_stage": self.zero_stage is not None,
-            "offload": self.offload != "none",
-            "deepspeed": bool(self.deepspeed),
-        }
 
-
-class LaunchConfig(Section):
+class LaunchConfig(Section, marks=(Resumable,)):
     """Where the run runs. Nothing here changes a number."""
 
     launcher: Literal["ray", "local"] = "ray"
     """Ray Train on a cluster (or on this machine), or this process alone with the torch engine."""
-    workers: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
-    """Number of workers, or [fewest, most] for a run that shrinks and grows with its cluster; default: one per GPU,
+    workers: Annotated[
+        PositiveInt | tuple[PositiveInt, PositiveInt] | Literal["auto"] | None,
+        Only("launcher", ("ray",), "auto", otherwise=1),
+    ] = None
+    """Number of workers, or [fewest, most] for a run that shrinks and grows with its cluster. auto: one per GPU,
     without GPUs one per core, at most 4."""
-    cpus_per_worker: PositiveInt | None = None
-    """CPUs of each worker; default: the cluster's, shared evenly; elastic: a GPU's share of its node, else 1."""
-    max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Failures in a row, with no newer checkpoint in between, that the run recovers from; -1 any number."""
-    resize_check_s: Positive | None = None
-    """Seconds between two looks for room for more workers; default 60; elastic only."""
-    hang_deadline_s: Annotated[float, Field(ge=0)] | None = None
-    """Longest time between two steps: a worker that hangs is ended, and the run restarts; default 600, 0 for none."""
+    cpus_per_worker: Annotated[PositiveInt | Literal["auto"] | None, Only("launcher", ("ray",), "auto")] = None
+    """CPUs of each worker. auto: the cluster's, shared evenly; of an elastic run a GPU's share of its node, else 1."""
+    max_failures: Annotated[Annotated[int, Field(ge=-1)] | None, Only("launcher", ("ray",), 3)] = None
+    """Failures in a row, with no newer checkpoint in between, that the run recovers from; -1 for any number."""
+    resize_check_s: Annotated[Positive | None, Only("elastic", (True,), 60.0, words="workers as [fewest,most]")] = None
+    """Seconds between checks for capacity to scale up."""
+    hang_deadline_s: Annotated[Annotated[float, Field(ge=0)] | None, Only("launcher", ("ray",), 600.0)] = None
+    """Longest time between two steps. A worker that takes longer is killed, and the run restarts; 0 for no limit."""
 
     @field_validator("workers", mode="wrap")
     @classmethod
@@ -435,19 +391,15 @@ class LaunchConfig(Section):
             workers: Any = check(value)
             if not isinstance(workers, tuple) or workers[0] < workers[1]:
                 return workers  # pyright: ignore[reportUnknownVariableType]
-        raise ValueError(f"should be a number of workers, or the fewest and the most as [1,4], got {value!r}")
+        raise ValueError(f"should be a number of workers, auto, or the fewest and the most as [1,4], got {value!r}")
 
-    @model_validator(mode="after")
-    def _only_what_takes_effect(self) -> Self:
-        for name in ("workers", "cpus_per_worker", "resize_check_s", "hang_deadline_s"):
-            if self.launcher == "local" and getattr(self, name) is not None:
-                raise ValueError(f"{name} has no effect with launcher=local, which is one process; use launcher=ray")
-        if self.resize_check_s is not None and not isinstance(self.workers, tuple):
-            raise ValueError("resize_check_s has no effect on a fixed number of workers; give workers as [fewest,most]")
-        return self
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers may change while the run goes on."""
+        return isinstance(self.workers, tuple)
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(Section, marks=(Resumable,)):
     """When the run is saved."""
 
     every: PositiveInt = 500
@@ -455,20 +407,25 @@ class CheckpointConfig(Section):
     keep: PositiveInt = 3
     """Number of newest checkpoints to keep."""
     keep_best: Count = 1
-    """Number of checkpoints with the lowest FID to keep besides; those at steps that are not evaluated have none."""
+    """Number of checkpoints with the lowest FID to keep as well; those at steps that are not evaluated have none."""
     keep_every: PositiveInt | None = None
-    """Keep every checkpoint besides whose step is a multiple of this."""
+    """Also keep every checkpoint whose step is a multiple of this; null: none."""
     max_failed_saves: PositiveInt = 3
-    """Saves in a row that may fail, as on a full disk, before the run ends; the last one must not."""
-    mirror: Annotated[str, Field(min_length=1)] | None = None
-    """Directory or s3:// prefix for a second copy of the run; a run directory that is lost is fetched from there."""
-    mirror_deadline_s: Positive | None = None
-    """Seconds for which an s3:// mirror may fail or stall before a copy is given up; default 60; s3:// only."""
+    """End the run when this many saves in a row have failed, as on a full disk; the last save must not fail."""
+    mirror: Annotated[Annotated[str, Field(min_length=1)] | None, Place] = None
+    """Directory or s3:// prefix for a second copy of the run; a lost run directory is fetched from it. null: none."""
+    mirror_deadline_s: Annotated[Positive | None, Only("remote_mirror", (True,), 60.0, words="a mirror on s3://")] = (
+        None
+    )
+    """Seconds for which an s3:// mirror may fail or stall before a copy is given up."""
+
+    @property
+    def remote_mirror(self) -> bool:
+        """Whether the mirror lies on S3."""
+        return (self.mirror or "").startswith("s3://")
 
     @model_validator(mode="after")
-    def _only_what_takes_effect(self) -> Self:
-        if self.mirror_deadline_s is not None and not (self.mirror or "").startswith("s3://"):
-            raise ValueError("mirror_deadline_s has no effect on a mirror that is not on s3://; leave it out")
+    def _multiples(self) -> Self:
         if self.keep_every is not None and self.keep_every % self.every:
             raise ValueError(
                 f"keep_every={self.keep_every} must be a multiple of every={self.every}, for only such steps are saved;"
@@ -481,66 +438,60 @@ DESCENTS = ("gd", "nag", "adam")
 INTEGRATORS = ("euler", "heun", "dopri5")
 
 
-class SamplerConfig(Section):
+def _tenth_of_the_step_size(sampler: Any) -> float:
+    return sampler.step_size / 10
+
+
+class SamplerConfig(Section, marks=(Resumable, Axis)):
     """How samples are drawn: descent along the field (paper Eqs. 8 and 9), or integration of dx/dt = field."""
 
     name: Literal["gd", "nag", "adam", "euler", "heun", "dopri5"] = "gd"
     """Gradient descent, its Nesterov form with look-ahead, Adam; or Euler's, Heun's, Dormand and Prince's method."""
-    step_size: Positive | None = None
-    """eta, the step size; default 0.003; gd, nag and adam only."""
-    step_policy: Literal["constant", "decay", "backtracking"] | None = None
-    """Constant (the default), falling geometrically, or halved where the field's norm rises (gd and nag only)."""
-    final_step_size: Positive | None = None
-    """Where the step size falls to; default a tenth of step_size; step_policy=decay only."""
-    momentum: Fraction | None = None
-    """mu, the look-ahead; default 0.3; nag only."""
-    evaluations: PositiveInt = 249
-    """Field evaluations per sample (the official "250 steps" are 249); with stop_* or dopri5 the most of them."""
-    stop_norm: Positive | None = None
-    """Stop a sample once its field's norm (root mean square over dimensions) is below this; gd, nag and adam only."""
-    stop_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Stop a sample once that norm is below this part of what it was at the start; gd, nag and adam only."""
-    horizon: Positive | None = None
-    """For how long the field is followed; euler, heun and dopri5 only. Fixed to 1 by flow_matching; else needed."""
-    rtol: Positive | None = None
-    """Relative tolerance of a step; default 1e-3; dopri5 only."""
-    atol: Positive | None = None
-    """Absolute tolerance of a step; default 1e-6; dopri5 only."""
+    step_size: Annotated[Positive | None, Only("name", DESCENTS, 0.003)] = None
+    """eta, the step size."""
+    step_policy: Annotated[Literal["constant", "decay", "backtracking"] | None, Only("name", DESCENTS, "constant")] = (
+        None
+    )
+    """Constant, falling geometrically, or halved where the field's norm rises (gd and nag only)."""
+    final_step_size: Annotated[Positive | None, Only("step_policy", ("decay",), _tenth_of_the_step_size)] = None
+    """Step size after the last evaluation of the field. Default: a tenth of step_size."""
+    momentum: Annotated[Fraction | None, Only("name", ("nag",), 0.3)] = None
+    """mu, the look-ahead."""
+    nfe: PositiveInt = 249
+    """Evaluations of the field per sample (the official "250 steps" are 249); with stop_* or dopri5 the limit."""
+    stop_norm: Annotated[Positive | None, Only("name", DESCENTS)] = None
+    """Stop a sample once its field's norm (root mean square over dimensions) is below this; null: never."""
+    stop_ratio: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, Only("name", DESCENTS)] = None
+    """Stop a sample once that norm is below this part of what it was at the start; null: never."""
+    horizon: Annotated[Positive | None, Only("name", INTEGRATORS)] = None
+    """How long the field is followed: 1 for objective.kind=flow_matching, and otherwise to be given."""
+    rtol: Annotated[Positive | None, Only("name", ("dopri5",), 1e-3)] = None
+    """Relative tolerance of a step."""
+    atol: Annotated[Positive | None, Only("name", ("dopri5",), 1e-6)] = None
+    """Absolute tolerance of a step."""
     cfg_scale: Annotated[float, Field(ge=0)] = 1.0
-    """Classifier-free guidance; 1 is none."""
-    guided_channels: PositiveInt | None = None
-    """Guide the first channels only; default all (the official figures use 3 of 4)."""
-    guidance_interval: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] | None = None
-    """Guide from one part of the way to another, [0,1] being all: of the evaluations, or of an integrator's time."""
+    """Scale of classifier-free guidance; 1 turns it off."""
+    guided_channels: Annotated[PositiveInt | None, Only("guided", (True,), words="a cfg_scale other than 1")] = None
+    """Guide only the first channels (the official figures use 3 of 4); null: all."""
+    guidance_interval: Annotated[
+        tuple[Share, Share] | None, Only("guided", (True,), words="a cfg_scale other than 1")
+    ] = None
+    """Guide from one part of the trajectory to another: of the NFE, or of an integrator's time; null: always."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether guidance has an effect."""
+        return self.cfg_scale != 1
 
     @model_validator(mode="after")
-    def _only_what_takes_effect(self) -> Self:
-        takers = {
-            "step_size": DESCENTS,
-            "step_policy": DESCENTS,
-            "momentum": ("nag",),
-            "stop_norm": DESCENTS,
-            "stop_ratio": DESCENTS,
-            "horizon": INTEGRATORS,
-            "rtol": ("dopri5",),
-            "atol": ("dopri5",),
-        }
-        for key, names in takers.items():
-            if getattr(self, key) is not None and self.name not in names:
-                raise ValueError(f"{key} has no effect on {self.name}; use name={' or '.join(names)} or set it to null")
+    def _parts_agree(self) -> Self:
         if self.step_policy == "backtracking" and self.name == "adam":
-            raise ValueError(
-                "step_policy=backtracking judges steps along the field, which adam's are not; use gd or nag"
+            raise no_effect(
+                "step_policy",
+                "step_policy=backtracking judges steps along the field, which adam's are not; use gd or nag",
             )
-        if self.final_step_size is not None and self.step_policy != "decay":
-            raise ValueError("final_step_size has no effect without step_policy=decay; set one or the other")
-        if self.name == "heun" and self.evaluations % 2:
-            raise ValueError(
-                f"evaluations={self.evaluations} must be even for heun, whose steps take two; change it by 1"
-            )
-        for key in ("guided_channels", "guidance_interval"):
-            if getattr(self, key) is not None and self.cfg_scale == 1:
-                raise ValueError(f"{key} has no effect with cfg_scale=1; leave it out or raise cfg_scale")
+        if self.name == "heun" and self.nfe % 2:
+            raise ValueError(f"nfe={self.nfe} must be even for heun, whose steps take two; change it by 1")
         if self.guidance_interval is not None and self.guidance_interval[0] >= self.guidance_interval[1]:
             raise ValueError(f"guidance_interval must rise, got {list(self.guidance_interval)}; [0,1] is all the way")
         return self
@@ -552,35 +503,35 @@ def require_matching_sampler(objective: ObjectiveConfig, sampler: SamplerConfig)
     Raises:
         ConfigError: it descends a field that knows time, or the time to integrate over is missing or given twice.
     """
-    key, integrates = "evaluation.sampler", sampler.name in INTEGRATORS
+    integrates = sampler.name in INTEGRATORS
     if objective.kind == "flow_matching" and not integrates:
         raise ConfigError(
-            f"{key}.name={sampler.name} descends a field that is blind to time, which objective.kind=flow_matching is"
-            f" not; use {key}.name=euler, heun or dopri5, and set step_size, momentum and the like to null."
+            f"sampler.name={sampler.name} descends a field that is blind to time, which objective.kind=flow_matching is"
+            " not; use sampler.name=euler, heun or dopri5."
         )
-    if objective.kind == "flow_matching" and sampler.horizon is not None:
+    if objective.kind == "flow_matching" and sampler.horizon not in (None, 1.0):
         raise ConfigError(
-            f"{key}.horizon={sampler.horizon:g} has no effect on objective.kind=flow_matching, whose time ends at 1;"
+            f"sampler.horizon={sampler.horizon:g} has no effect on objective.kind=flow_matching, whose time ends at 1;"
             " leave it out."
         )
     if objective.kind != "flow_matching" and integrates and sampler.horizon is None:
         raise ConfigError(
-            f"{key}.horizon must be given for {key}.name={sampler.name} with objective.kind={objective.kind}, whose"
-            " field knows no time; step_size * evaluations of a good descent is a start."
+            f"sampler.horizon must be given for sampler.name={sampler.name} with objective.kind={objective.kind}, whose"
+            " field knows no time; step_size * nfe of a good descent is a start."
         )
 
 
-class EvaluationConfig(Section):
+class EvaluationConfig(Section, marks=(Resumable,)):
     """What is measured and drawn while the run goes on."""
 
     every: Count = 1000
-    """Steps between two evaluations; the last step is always evaluated. 0: never evaluate."""
-    apart: bool = False
-    """Evaluate saved checkpoints in a Ray task of its own, on resources that training leaves free, and train on."""
-    cpus: PositiveInt | None = None
-    """CPUs of that task, which also gets a GPU if the workers have any; default 1; apart only."""
+    """Steps between two evaluations; the last step is always evaluated. 0 turns evaluation off."""
+    asynchronous: bool = False
+    """Evaluate saved checkpoints in a Ray task, on resources that training leaves free, while training goes on."""
+    cpus: Annotated[PositiveInt | None, Only("asynchronous", (True,), 1)] = None
+    """CPUs of that task, which also gets a GPU if the workers have any."""
     metrics: tuple[Literal["fid", "sfid", "kid", "is", "precision", "recall"], ...] = ("fid",)
-    """What is measured, the FID among it; others need evaluation.apart, or launch.launcher=local."""
+    """What is measured, fid among it; the others need evaluation.asynchronous=true, or launch.launcher=local."""
     samples: PositiveInt = 1797
     """Images generated for the metrics, balanced over the classes."""
     batch: PositiveInt = 256
@@ -588,61 +539,80 @@ class EvaluationConfig(Section):
     grid_columns: PositiveInt = 10
     """Images per class in the picture of samples."""
     extractor: Annotated[str, Field(min_length=1)] = "digits"
-    """What makes the features that the FID compares: digits, inception, dinov2-vit-{s,b,l,g}-14, a file of
+    """What computes the features that the FID compares: digits, inception, dinov2-vit-{s,b,l,g}-14, a file of
     pipelines/train_classifier.py, or module:factory."""
     extractor_weights: str | None = None
-    """File with the weights of inception; default: fetched at first use; inception only."""
-    sampler: SamplerConfig = SamplerConfig()
-    """How the images are drawn."""
+    """File with the weights of inception; null: fetched at first use."""
 
     @model_validator(mode="after")
-    def _parts_agree(self) -> Self:
-        if self.cpus is not None and not self.apart:
-            raise ValueError(f"cpus={self.cpus} has no effect with apart=false; leave it out or use apart=true")
+    def _has_fid(self) -> Self:
         if "fid" not in self.metrics:
             raise ValueError(f"metrics must hold fid, which says what checkpoint is best, got {list(self.metrics)}")
         return self
 
 
-class TrackConfig(Section):
+class TrackConfig(Section, marks=(Resumable,)):
     """Where the record goes, besides metrics.jsonl in the run directory."""
 
     mlflow: bool = True
     """Record the run in MLflow."""
-    mlflow_uri: str | None = None
-    """Tracking server or store; default: an SQLite file in the root of the runs."""
-    experiment: str | None = None
-    """MLflow experiment; default eqm-dist."""
-    timeout_s: Positive | None = None
-    """Longest wait for the tracking server; default 20."""
+    mlflow_uri: Annotated[str | None, Only("mlflow", (True,)), Place] = None
+    """Tracking server or store. Default: an SQLite file in the root of the runs."""
+    experiment: Annotated[str | None, Only("mlflow", (True,), "eqm-dist")] = None
+    """MLflow experiment."""
+    timeout_s: Annotated[Positive | None, Only("mlflow", (True,), 20.0)] = None
+    """Longest wait for the tracking server, in seconds."""
 
     @model_validator(mode="after")
-    def _needs_mlflow(self) -> Self:
+    def _no_password(self) -> Self:
         if self.mlflow_uri is not None and urlsplit(self.mlflow_uri).password is not None:
             raise ValueError(
                 "mlflow_uri must not hold a password, which would end up in every record of the run; give it as"
                 " MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
             )
-        for name in ("mlflow_uri", "experiment", "timeout_s"):
-            if not self.mlflow and getattr(self, name) is not None:
-                raise ValueError(f"{name} has no effect with mlflow=false; leave it out or use mlflow=true")
         return self
 
 
 class Config(Section):
     """One training run."""
 
-    run: RunConfig = RunConfig()
-    data: DataConfig = DataConfig()
+    run: RunConfig = Field(default_factory=RunConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig
-    objective: ObjectiveConfig = ObjectiveConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    train: TrainConfig = TrainConfig()
-    engine: EngineConfig = EngineConfig()
-    launch: LaunchConfig = LaunchConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    track: TrackConfig = TrackConfig()
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    launch: LaunchConfig = Field(default_factory=LaunchConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    sampler: SamplerConfig = Field(default_factory=SamplerConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    track: TrackConfig = Field(default_factory=TrackConfig)
+
+    @model_validator(mode="after")
+    def _settle_across_sections(self) -> Self:
+        if self.launch.launcher == "local":
+            self._refuse_engine_of_workers()
+        for name in type(self).model_fields:
+            section = getattr(self, name).model_copy()
+            try:
+                settle(section, self)
+            except PydanticCustomError as error:
+                facts = error.context or {}
+                raise no_effect(f"{name}.{facts['option']}", f"{name}.{facts['sentence']}") from None
+            put_section(self, name, section)
+        if self.objective.kind == "flow_matching" and self.sampler.name in INTEGRATORS and self.sampler.horizon is None:
+            put(self.sampler, "horizon", 1.0)
+        return self
+
+    def _refuse_engine_of_workers(self) -> None:
+        for key, value in given(self.engine).items():
+            if value not in ("torch", "none", None, {}):
+                raise no_effect(
+                    f"engine.{key}",
+                    f"engine.{key}={shown(value)} has no effect with launch.launcher=local, which is one plain process;"
+                    " leave it out or use launch.launcher=ray",
+                )
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -669,151 +639,28 @@ class Config(Section):
             )
         if self.evaluation.every:
             try:
-                require_matching_sampler(self.objective, self.evaluation.sampler)
+                require_matching_sampler(self.objective, self.sampler)
             except ConfigError as error:
                 raise ValueError(str(error).removesuffix(".")) from None
         if self.data.mix and self.evaluation.every:
             raise ValueError("evaluation compares with one data set, and data.mix has several; set evaluation.every=0")
-        alone = self.evaluation.apart or self.launch.launcher == "local"
+        alone = self.evaluation.asynchronous or self.launch.launcher == "local"
         if self.evaluation.metrics != ("fid",) and not alone:
             raise ValueError(
                 f"evaluation.metrics={list(self.evaluation.metrics)} keeps features of every image, which only one"
-                " process can; use evaluation.apart=true, or fid alone"
+                " process can; use evaluation.asynchronous=true, or fid alone"
             )
-        if self.evaluation.apart and not self.evaluation.every:
-            raise ValueError("evaluation.apart has no effect with evaluation.every=0; leave it out or raise every")
-        if self.evaluation.apart and self.launch.launcher == "local":
-            raise ValueError("evaluation.apart needs a Ray task, and launch.launcher=local is one process; use ray")
-        if self.evaluation.apart and self.evaluation.every % self.checkpoint.every:
+        if self.evaluation.asynchronous and not self.evaluation.every:
+            raise ValueError(
+                "evaluation.asynchronous has no effect with evaluation.every=0; leave it out or raise every"
+            )
+        if self.evaluation.asynchronous and self.launch.launcher == "local":
+            raise ValueError(
+                "evaluation.asynchronous needs a Ray task, and launch.launcher=local is one process; use ray"
+            )
+        if self.evaluation.asynchronous and self.evaluation.every % self.checkpoint.every:
             raise ValueError(
                 f"evaluation.every={self.evaluation.every} must be a multiple of checkpoint.every="
-                f"{self.checkpoint.every} with evaluation.apart, which evaluates checkpoints; change one of them"
+                f"{self.checkpoint.every} with evaluation.asynchronous, which evaluates checkpoints; change one of them"
             )
-        if self.launch.launcher == "local" and self.engine.kind == "deepspeed":
-            raise ValueError("launch.launcher=local is one plain process; leave out engine.kind=deepspeed or use ray")
-        for name, given in self.engine.deepspeed_settings().items():
-            if self.launch.launcher == "local" and given:
-                raise ValueError(f"engine.{name} has no effect with launch.launcher=local; leave it out or use ray")
         return self
-
-
-# What may differ when a run is started again: where and how it runs, how it is watched, how long it goes on.
-# Everything else decides the numbers and stays as it was.
-RESUMABLE_KEYS = ("run.root", "data.shards", "data.verify_checksums", "data.workers", "data.cache_dir",
-                  "data.cache_gib", "data.deadline_s", "train.activation_checkpointing", "train.guard.",
-                  "train.log_every", "train.log_grad_norms", "train.micro_batch", "train.steps", "engine.", "launch.",
-                  "checkpoint.", "evaluation.", "track.")  # fmt: skip
-
-
-def dump(config: Section) -> dict[str, Any]:
-    """The config as plain lists, dicts and scalars: what goes into YAML, JSON and to the workers."""
-    return config.model_dump(mode="json")
-
-
-def to_yaml(config: Section) -> str:
-    """The config as YAML that ``--config`` reads back to an equal config."""
-    return yaml.safe_dump(dump(config), sort_keys=False, width=120)
-
-
-def options(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted key that a config has, with its pydantic field, in the order of this file."""
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from options(field.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", field
-
-
-def parse(section: type[T], values: Mapping[str, Any], source: str = "the config") -> T:
-    """Validate nested ``values``.
-
-    Raises:
-        ConfigError: one sentence for the first wrong value: the rule, what was received, the remedy.
-    """
-    try:
-        return section.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(_sentence(section, error, source)) from None
-
-
-def with_overrides(config: T, overrides: Mapping[str, Any], source: str = "the overrides") -> T:
-    """A copy of ``config`` with dotted keys set, validated as a whole.
-
-    The one way to change a config, for flags, files, presets, sweeps and tests alike.
-
-    Raises:
-        ConfigError: an unknown key, or a value that the rules refuse.
-    """
-    values = dump(config)
-    for key, value in overrides.items():
-        *parents, name = key.split(".")
-        node = values
-        for parent in parents:
-            if not isinstance(node.get(parent), dict):
-                raise ConfigError(_unknown(type(config), key, source))
-            node = node[parent]
-        node[name] = value
-    return parse(type(config), values, source)
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """The dotted keys that a YAML file sets.
-
-    Raises:
-        ConfigError: no such file, no YAML, or not a mapping.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
-    except OSError as error:
-        raise ConfigError(f"--config must name a readable YAML file, got {path} ({error.strerror}).") from None
-    except yaml.YAMLError as error:
-        line = " ".join(str(error).split())
-        raise ConfigError(f"--config must name a YAML file, and {path} is not valid YAML: {line}.") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config must name a YAML file of sections, and {path} holds {type(values).__name__}.")
-    return flatten(cast("dict[str, Any]", values))
-
-
-def _sentence(section: type[Section], error: ValidationError, source: str) -> str:
-    first, *rest = error.errors(include_url=False)
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        sentence = _unknown(section, key, source)
-    elif first["type"] == "missing":
-        sentence = f"{key} must be given ({source})."
-    else:
-        rule = first["msg"].removeprefix("Value error, ").removeprefix("Input ").rstrip(".")
-        received = "" if first["type"] == "value_error" else f", got {first['input']!r}"
-        sentence = f"{key or source}: {rule}{received} ({source})." if key else f"{rule} ({source})."
-    return sentence + (f" ({len(rest)} more of the kind.)" if rest else "")
-
-
-def _unknown(section: type[Section], key: str, source: str) -> str:
-    return f"{key} is not an option ({source}); {suggestion(key, [name for name, _ in options(section)])}"
-
-
-def suggestion(key: str, known: Collection[str]) -> str:
-    """What may have been meant by an unknown dotted key: a key with a similar last part, best in the same section."""
-    parent, _, name = key.rpartition(".")
-    similar = difflib.get_close_matches(name, {other.rpartition(".")[2] for other in known}, n=len(known))
-    candidates = [other for other in known if other.rpartition(".")[2] in similar]
-    siblings = [other for other in candidates if other.rpartition(".")[0] == parent]
-    best = difflib.get_close_matches(key, siblings or candidates, n=1, cutoff=0)
-    return f"did you mean {best[0]}?" if best else "see --help for all keys."
-
-
-def annotation_name(annotation: Any) -> str:
-    """Short name of a field's type for ``--help``: ``INT``, ``FLOAT``, ``{a,b}``, ``[INT,INT]``."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Literal:
-        return "{" + ",".join(str(value) for value in arguments) + "}"
-    if origin is dict:
-        return "{KEY:VALUE,...}"
-    if origin is Annotated:
-        return annotation_name(arguments[0])
-    if origin is tuple:
-        return "[" + ",".join("..." if part is Ellipsis else annotation_name(part) for part in arguments) + "]"
-    if arguments:  # a union with None
-        return "|".join(annotation_name(part) for part in arguments if part is not type(None))
-    return annotation.__name__.upper()

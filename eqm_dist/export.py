@@ -1,6 +1,6 @@
 """A trained model as a directory for others: weights, config, and a card that says what it is.
 
-OUT/model.safetensors   averaged weights under the official names
+OUT/model.safetensors   EMA weights under the official names
 OUT/config.yaml         the config of the run
 OUT/model.json          step, autoencoder, class names, sha256 of the weights
 OUT/README.md           the model card
@@ -14,13 +14,15 @@ from typing import Any
 
 import safetensors.torch
 
-from eqm_dist.build import CONFIG_FILE, METRICS_FILE, derived_numbers
-from eqm_dist.config import SamplerConfig, to_yaml, with_overrides
-from eqm_dist.data.manifest import MANIFEST_NAME, read_manifest
+from eqm_dist.config import SamplerConfig
+from eqm_dist.data.manifest import read_manifest
 from eqm_dist.data.storage import atomic_write, storage_errors
+from eqm_dist.derived import derive
 from eqm_dist.errors import ConfigError
+from eqm_dist.options import to_yaml, with_overrides
 from eqm_dist.pretrained import DESCRIPTION_FILE, WEIGHTS_FILE, Pretrained
 from eqm_dist.provenance import provenance
+from eqm_dist.run_directory import CONFIG_FILE, MANIFEST_FILE, METRICS_FILE, SAMPLES, picture_name
 from eqm_dist.track.jsonl import read_metrics
 from eqm_dist.train.engine import WEIGHT
 
@@ -56,7 +58,7 @@ def export(model: Pretrained, out: Path, *, license: str | None = None) -> Path:
     atomic_write(out / CONFIG_FILE, to_yaml(config).encode())
     description = {
         "step": model.step,
-        "autoencoder": model.autoencoder,
+        "autoencoder_id": model.autoencoder_id,
         "autoencoder_location": model.autoencoder_location,
         "class_names": model.class_names,
         "weights_sha256": model.sha256,
@@ -77,19 +79,19 @@ def model_card(model: Pretrained, license: str | None = None, picture: bool = Fa
     objective = model.config.objective
     method = "Equilibrium Matching" if objective.kind == "eqm" else objective.kind.replace("_", " ")
     facts = {"method": method + (f" with explicit energy ({objective.energy})" * (objective.energy != "none"))}
-    if objective.kind == "eqm":
+    if objective.decay is not None:
         facts["c(gamma)"] = ", ".join(f"{k} {v}" for k, v in objective.decay.model_dump(exclude_none=True).items())
-    numbers = derived_numbers(model.config)
-    facts["parameters"] = numbers["parameters"]
+    found = derive(model.config)
+    facts["parameters"] = f"{found.parameters:,} ({found.trained_parameters:,} trained)"
     if model.step is not None:
         training = model.config.train
         facts["training"] = f"{model.step:,} steps of {training.global_batch:,} images, seed {model.config.run.seed}"
     if model.state is not None:
-        facts["weights"] = "not averaged" if model.state == WEIGHT else f"average, decay {model.state[4:]}"
+        facts["weights"] = "no EMA" if model.state == WEIGHT else f"EMA, decay {model.state[4:]}"
     facts |= _data(model)
-    facts["latents"] = f"{list(model.config.data.latent_shape)} of {model.autoencoder or 'an unnamed autoencoder'}"
+    facts["latents"] = f"{list(model.config.data.latent_shape)} of {model.autoencoder_id or 'an unnamed autoencoder'}"
     facts["classes"] = f"{model.config.data.num_classes:,}"
-    facts["sampler"] = _sampler(model.config.evaluation.sampler)
+    facts["sampler"] = _sampler(model.config.sampler)
     lines = [*front, "---", "", f"# {model.name}", ""]
     lines += [f"![One row for each class]({PICTURE_FILE})", ""] if picture else []
     lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), ""]
@@ -126,7 +128,7 @@ def _metrics(model: Pretrained) -> dict[str, float]:
 
 
 def _data(model: Pretrained) -> dict[str, Any]:
-    if model.run is None or not (model.run / MANIFEST_NAME).exists():
+    if model.run is None or not (model.run / MANIFEST_FILE).exists():
         return {}
     manifest = read_manifest(model.run)
     return {"data": f"{manifest.source}: {manifest.num_samples:,} samples"}
@@ -135,4 +137,4 @@ def _data(model: Pretrained) -> dict[str, Any]:
 def _picture(model: Pretrained) -> Path | None:
     if model.run is None or model.step is None:
         return None
-    return next(iter((model.run / "samples").glob(f"samples_step{model.step:08d}.png")), None)
+    return next(iter((model.run / SAMPLES).glob(picture_name("samples", model.step))), None)

@@ -9,10 +9,12 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from eqm_dist.build import CHECKPOINTS, CONFIG_FILE, OpenRun, build_checkpoints
-from eqm_dist.config import Config, parse
+from eqm_dist.build import OpenRun
+from eqm_dist.config import Config
 from eqm_dist.data.storage import storage_errors, whole_file
 from eqm_dist.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from eqm_dist.options import parse
+from eqm_dist.run_directory import CHECKPOINTS, CONFIG_FILE
 from eqm_dist.train.checkpoint import (
     EMA_FILE,
     MARKER,
@@ -36,7 +38,7 @@ class Entry:
         condition: whole (as far as names and sizes tell), unfinished, damaged, or set aside.
         size: bytes of its files.
         writers: ranks that wrote it; 0 if unknown.
-        fid: of its average, if it was evaluated.
+        fid: of its EMA, if it was evaluated.
         kept: the rules that keep it.
     """
 
@@ -54,8 +56,8 @@ def entries(run: Path) -> list[Entry]:
     Raises:
         ConfigError: ``run`` is not the directory of a run.
     """
-    checkpoints, evaluations = build_checkpoints(OpenRun(_config(run), run, None))
-    kept, results = checkpoints.kept(checkpoints.steps()), evaluations.results()
+    opened = OpenRun(_config(run), run, None)
+    kept, results = opened.checkpoints.kept(opened.checkpoints.steps()), opened.evaluations.results()
     found = []
     for path in sorted((run / CHECKPOINTS).glob("*step_*")):
         name = path.name.removeprefix("damaged-").partition(".")[0]
@@ -114,8 +116,8 @@ def verify(checkpoint: Path) -> str:
         verify_file(checkpoint, name, marker)
     try:
         pieces = read_pieces(checkpoint, marker["files"])
-        with safe_open(checkpoint / EMA_FILE, framework="pt") as average:
-            shapes = {name: torch.Size(average.get_slice(name).get_shape()) for name in average.keys()}  # noqa: SIM118
+        with safe_open(checkpoint / EMA_FILE, framework="pt") as ema:
+            shapes = {name: torch.Size(ema.get_slice(name).get_shape()) for name in ema.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise DamagedCheckpointError(f"The checkpoint {checkpoint} cannot be read ({error}).") from error
     states = sorted({state for state, _ in pieces})
@@ -144,7 +146,7 @@ def verify(checkpoint: Path) -> str:
 
 
 def convert(checkpoint: Path, out: Path) -> Path:
-    """Write weights and first average as ``torch.save`` has them in the official code, ``{"model": ..., "ema": ...}``.
+    """Write weights and first EMA as ``torch.save`` has them in the official code, ``{"model": ..., "ema": ...}``.
 
     Raises:
         CheckpointError: the checkpoint is unfinished or damaged.

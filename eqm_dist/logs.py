@@ -11,12 +11,14 @@ import threading
 import time
 from pathlib import Path
 
+from eqm_dist.run_directory import LOGS
+
 _FORMAT = logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
 
 def log_file(run_directory: Path, rank: int) -> Path:
     """Where the worker of this rank writes its lines."""
-    return run_directory / "logs" / f"rank-{rank:04d}.log"
+    return run_directory / LOGS / f"rank-{rank:04d}.log"
 
 
 def setup_logging(file: Path | None = None, console: bool = True) -> None:

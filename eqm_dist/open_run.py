@@ -4,27 +4,21 @@ Workers start from the ``OpenRun`` that comes out; nothing here is done twice.
 """
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from eqm_dist.build import (
-    CONFIG_FILE,
-    METRICS_FILE,
-    OpenRun,
-    build_autoencoder,
-    build_checkpoints,
-    build_mirror,
-    runs_root,
-)
-from eqm_dist.config import RESUMABLE_KEYS, Config, dump, flatten, parse, to_yaml, with_overrides
+from eqm_dist.build import OpenRun, build_autoencoder, build_mirror
+from eqm_dist.config import Config
 from eqm_dist.data.manifest import Manifest, read_manifest
 from eqm_dist.data.shards import digits_shards
 from eqm_dist.data.storage import (
-    DEADLINE_S,
     Folder,
     LocalFolder,
     atomic_write,
@@ -35,16 +29,35 @@ from eqm_dist.data.storage import (
 )
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.extractors import is_file_name, load_extractor
-from eqm_dist.track.mlflow import ID_FILE, MlflowRun, default_uri
+from eqm_dist.options import (
+    Place,
+    Resumable,
+    dump,
+    flatten,
+    given,
+    keys_with,
+    layered,
+    parse,
+    required,
+    shown,
+    to_yaml,
+    with_overrides,
+)
+from eqm_dist.run_directory import CONFIG_FILE, METRICS_FILE, MLFLOW_FILE, manifest_file
+from eqm_dist.runs import runs_root
+from eqm_dist.track.mlflow import MlflowRun, default_uri
 from eqm_dist.track.mlflow import open_run as open_mlflow_run
 from eqm_dist.train.checkpoint import step_of
 from eqm_dist.train.mirror import Mirror
 
-MANIFEST_COPY = "manifest.json"
+logger = logging.getLogger(__name__)
 
 
 def open_run(config: Config) -> OpenRun:
     """Check the data and the run directory, and open the record; called once, by the driver.
+
+    A run that has begun goes on with its own values: what the command does not give is taken from its record, whatever
+    the defaults are now.
 
     Raises:
         ConfigError: the config contradicts the run of that name, or the shards.
@@ -54,26 +67,34 @@ def open_run(config: Config) -> OpenRun:
     """
     root = runs_root(config.run.root)
     directory = root / config.run.name
+    opened = OpenRun(config, directory, None)
+    latest = opened.checkpoints.latest()
+    begun = [_Begun(open_folder(directory), step_of(latest.name) if latest else 0)]
+    mirror = build_mirror(opened)
+    newer = mirror.newer() if mirror else []
+    if mirror and newer:  # as on a new machine
+        begun.append(_Begun(mirror.reports, step_of(newer[0])))
+    for record in begun:
+        config = record.go_on(config)
     embedded = root / "data" / "digits"
     config = _with_absolute_locations(config, root, embedded)
     if config.data.shards == str(embedded):
         digits_shards(embedded)
-    deadline_s = config.data.deadline_s or DEADLINE_S
-    manifests = [read_manifest(open_folder(place, deadline_s=deadline_s)) for place in config.data.locations()]
-    for location, manifest in zip(config.data.locations(), manifests, strict=True):
+    locations, deadline_s = config.data.locations(), config.data.deadline_s
+    manifests = [read_manifest(open_folder(location, deadline_s=deadline_s)) for location in locations]
+    for number, (location, manifest) in enumerate(zip(locations, manifests, strict=True)):
         _check_data(config, manifest, location)
-    copies = {_manifest_copy(number): manifest for number, manifest in enumerate(manifests)}
+        for record in begun:
+            record.check_data(config, number, manifest, location)
     opened = OpenRun(config, directory, None)
-    latest = build_checkpoints(opened)[0].latest()
-    _check_same_run(config, open_folder(directory), step_of(latest.name) if latest else 0, copies)
-    if mirror := build_mirror(opened):
-        _restore(opened, mirror, copies)
+    if mirror and newer:
+        _fetch(opened, mirror, newer)
     with storage_errors("create", directory):
         directory.mkdir(parents=True, exist_ok=True)
     atomic_write(directory / CONFIG_FILE, to_yaml(config).encode())
-    for name, manifest in copies.items():
-        atomic_write(directory / name, manifest.model_dump_json(indent=1).encode())
-    return OpenRun(config, directory, _open_mlflow(config, root, directory) if config.track.mlflow else None)
+    for number, manifest in enumerate(manifests):
+        atomic_write(directory / manifest_file(number), manifest.model_dump_json(indent=1).encode())
+    return OpenRun(config, directory, _open_mlflow(config, directory) if config.track.mlflow else None)
 
 
 def _with_absolute_locations(config: Config, root: Path, embedded: Path) -> Config:
@@ -91,13 +112,11 @@ def _with_absolute_locations(config: Config, root: Path, embedded: Path) -> Conf
         overrides["data.cache_dir"] = str(local_path(config.data.cache_dir))
     if is_file_name(config.evaluation.extractor):
         overrides["evaluation.extractor"] = str(local_path(config.evaluation.extractor))
+    if config.track.mlflow and config.track.mlflow_uri is None:
+        overrides["track.mlflow_uri"] = default_uri(root)
     if config.evaluation.extractor_weights is not None:
         overrides["evaluation.extractor_weights"] = str(local_path(config.evaluation.extractor_weights))
     return with_overrides(config, overrides)
-
-
-def _manifest_copy(number: int) -> str:
-    return f"manifest-{number}.json" if number else MANIFEST_COPY
 
 
 def _check_data(config: Config, manifest: Manifest, location: str) -> None:
@@ -122,65 +141,114 @@ def _check_data(config: Config, manifest: Manifest, location: str) -> None:
         load_extractor(config.evaluation.extractor, config.evaluation.extractor_weights)(image)
 
 
-def _restore(opened: OpenRun, mirror: Mirror, manifests: Mapping[str, Manifest]) -> None:
-    """Fetch the run from its mirror where that is ahead of the run directory, as on a new machine."""
-    newer = mirror.newer()
-    if not newer:
-        return
-    _check_same_run(opened.config, mirror.reports, step_of(newer[0]), manifests)
-    record = opened.directory / ID_FILE
-    if not record.exists() and mirror.reports.size(ID_FILE) is not None:
-        content = mirror.reports.read(ID_FILE)
+def _fetch(opened: OpenRun, mirror: Mirror, newer: Sequence[str]) -> None:
+    """Fetch the run from its mirror, which is ahead of the run directory."""
+    record = opened.directory / MLFLOW_FILE
+    if not record.exists() and mirror.reports.size(MLFLOW_FILE) is not None:
+        content = mirror.reports.read(MLFLOW_FILE)
         # An MLflow store in a file is lost with its machine; a server goes on with the same MLflow run.
         if not json.loads(content)["tracking_uri"].startswith("sqlite:"):
-            LocalFolder(opened.directory).write(ID_FILE, content)
+            LocalFolder(opened.directory).write(MLFLOW_FILE, content)
     mirror.fetch(newer)
 
 
-def _check_same_run(config: Config, place: Folder, step: int, manifests: Mapping[str, Manifest]) -> None:
-    """A run that has begun goes on only as what it was: that of ``place``, which has made ``step`` steps."""
-    begun = step > 0 or place.size(METRICS_FILE) is not None
-    if not begun or place.size(CONFIG_FILE) is None:  # an attempt that failed before its first step binds nobody
-        return
-    before = _deciding(parse(Config, yaml.safe_load(place.read(CONFIG_FILE)), f"{place.url}/{CONFIG_FILE}"))
-    for key, value in _deciding(config).items():
-        if before[key] != value and not key.startswith(RESUMABLE_KEYS):
-            raise ConfigError(
-                f"{key} was {before[key]} when the run {config.run.name} started and is now {value};"
-                f" start another run with --run.name, or delete {place.url} to start this one over."
-            )
-    if before["train.steps"] != config.train.steps and config.optimizer.schedule != "constant":
-        raise ConfigError(
-            f"train.steps was {before['train.steps']} when the run {config.run.name} started and is now"
-            f" {config.train.steps}, which would change the learning rates of its {config.optimizer.schedule} schedule;"
-            " keep it, or start another run with --run.name."
-        )
-    if config.train.steps < step:
-        raise ConfigError(
-            f"train.steps={config.train.steps} must be at least the {step} steps that the run {config.run.name} has"
-            " made already; raise it, or start another run with --run.name."
-        )
-    for location, (name, manifest) in zip(config.data.locations(), manifests.items(), strict=True):
-        if place.size(name) is not None and Manifest.model_validate_json(place.read(name)) != manifest:
+@dataclass(frozen=True)
+class _Begun:
+    """What is recorded of a run, which goes on only as what it was.
+
+    Attributes:
+        place: its directory, or its mirror.
+        step: how many steps it has made.
+    """
+
+    place: Folder
+    step: int
+
+    @cached_property
+    def config(self) -> Config | None:
+        """The values that it began with; None where it has not begun: an attempt without a step binds nobody."""
+        begun = self.step > 0 or self.place.size(METRICS_FILE) is not None
+        if not begun or self.place.size(CONFIG_FILE) is None:
+            return None
+        where = f"{self.place.url}/{CONFIG_FILE}"
+        return parse(Config, yaml.safe_load(self.place.read(CONFIG_FILE)), where)
+
+    def go_on(self, config: Config) -> Config:
+        """The config with what nobody gives now as it was at the start.
+
+        Raises:
+            ConfigError: what is given decides the numbers and was another, or does not go with the rest.
+        """
+        if self.config is None:
+            return config
+        name, before = config.run.name, _deciding(self.config)
+        resumable, places = (keys_with(Config, mark) for mark in (Resumable, Place))
+        for key, value in _deciding(config).items():
+            if value != before[key] and key not in resumable and (key in _given(config) or key in places):
+                raise ConfigError(
+                    f"{key} was {before[key]} when the run {name} started and is now {value};"
+                    f" start another run with --run.name, or delete {self.place.url} to start this one over."
+                )
+        kept = {key: value for key, value in _given(self.config).items() if key not in places}
+        merged = layered(Config, kept, _given(config), f"what is given to go on with the run {name}")
+        self._check_steps(merged)
+        self._say_what_is_kept(config, merged)
+        return merged
+
+    def check_data(self, config: Config, number: int, manifest: Manifest, location: str) -> None:
+        """Refuse another data set than the one of that number at the start.
+
+        Raises:
+            DataError: it is another.
+        """
+        name = manifest_file(number)
+        if self.config is None or self.place.size(name) is None:
+            return
+        if Manifest.model_validate_json(self.place.read(name)) != manifest:
             raise DataError(
                 f"The shards in {location} are not those that the run {config.run.name} started with; restore"
                 " them, or start another run with --run.name."
             )
 
+    def _say_what_is_kept(self, config: Config, merged: Config) -> None:
+        now, then = flatten(dump(config)), flatten(dump(merged))
+        kept = [f"{key}={shown(then[key])}" for key in then if now.get(key) != then[key] is not None]
+        if kept:
+            logger.info("run %s goes on with the values of its start: %s", config.run.name, ", ".join(kept))
+
+    def _check_steps(self, config: Config) -> None:
+        assert self.config is not None
+        name, steps, before = config.run.name, config.train.steps, self.config.train.steps
+        if before != steps and config.optimizer.schedule != "constant":
+            raise ConfigError(
+                f"train.steps was {before} when the run {name} started and is now {steps}, which would change the"
+                f" learning rates of its {config.optimizer.schedule} schedule; keep it, or start another run with"
+                " --run.name."
+            )
+        if steps < self.step:
+            raise ConfigError(
+                f"train.steps={steps} must be at least the {self.step} steps that the run {name} has made already;"
+                " raise it, or start another run with --run.name."
+            )
+
 
 def _deciding(config: Config) -> dict[str, Any]:
     """The config by dotted keys; of a mixture only the weights, for its data sets may move as a single one may."""
-    values = flatten(dump(config))
-    return {**values, "data.mix": [part.weight for part in config.data.mix]}
+    return {**flatten(dump(config), Config), "data.mix": [part.weight for part in config.data.mix]}
 
 
-def _open_mlflow(config: Config, root: Path, directory: Path) -> MlflowRun:
+def _given(config: Config) -> dict[str, Any]:
+    """What somebody gave, by dotted keys."""
+    return flatten(given(config), Config)
+
+
+def _open_mlflow(config: Config, directory: Path) -> MlflowRun:
     return open_mlflow_run(
         directory,
         name=config.run.name,
-        tracking_uri=config.track.mlflow_uri or default_uri(root),
-        experiment=config.track.experiment or "eqm-dist",
+        tracking_uri=required(config.track.mlflow_uri),
+        experiment=required(config.track.experiment),
         params=flatten(dump(config)),
         config_yaml=to_yaml(config),
-        timeout_s=config.track.timeout_s or 20,
+        timeout_s=required(config.track.timeout_s),
     )

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from eqm_dist.config import Config, parse
+from eqm_dist.config import Config
+from eqm_dist.options import parse
 
 
 def digits() -> Config:
@@ -17,7 +18,7 @@ def digits() -> Config:
             "run": {"name": "digits"},
             "model": {"hidden_size": 96, "depth": 4, "num_heads": 4, "patch_size": 2},
             "optimizer": {"learning_rate": 2e-3, "warmup_steps": 100, "schedule": "cosine", "ema_decays": [0.99]},
-            "evaluation": {"sampler": {"name": "nag", "step_size": 0.02, "momentum": 0.6, "evaluations": 24}},
+            "sampler": {"name": "nag", "step_size": 0.02, "momentum": 0.6, "nfe": 24},
         },
         "preset digits",
     )

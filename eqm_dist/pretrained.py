@@ -21,16 +21,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from eqm_dist.build import CHECKPOINTS, CONFIG_FILE, build_field, build_model, build_sampler, build_stop, runs_root
-from eqm_dist.config import Config, parse, with_overrides
+from eqm_dist.build import build_field, build_model, build_sampling_method
+from eqm_dist.config import SIZES, Config
 from eqm_dist.core.guidance import TimedField
-from eqm_dist.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from eqm_dist.data.manifest import Manifest, read_manifest
 from eqm_dist.data.storage import local_path
 from eqm_dist.errors import CheckpointError, ConfigError, DataError
 from eqm_dist.evaluate.generate import Generated, generate, warn_of_failures
 from eqm_dist.models.autoencoder import Autoencoder, load_autoencoder, mean_latents
 from eqm_dist.models.sit import SiT
-from eqm_dist.models.sizes import SIZES
+from eqm_dist.options import parse, with_overrides
+from eqm_dist.run_directory import CHECKPOINTS, CONFIG_FILE, MANIFEST_FILE
+from eqm_dist.runs import runs_root
 from eqm_dist.train.checkpoint import MARKER, Checkpoints, read_marker, read_whole, verify_file
 from eqm_dist.train.engine import WEIGHT
 from eqm_dist.train.optimizer import ema_key
@@ -41,14 +43,14 @@ DESCRIPTION_FILE = "model.json"
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Averaged weights with everything needed to draw images from them. Pickles.
+    """EMA weights with everything needed to draw images from them. Pickles.
 
     Attributes:
-        config: of the training; ``model``, ``objective`` and ``evaluation.sampler`` matter here.
+        config: of the training; ``model``, ``objective`` and ``sampler`` matter here.
         weights: the state dict.
         source: where it was loaded from.
         step: updates that made it; None if unknown.
-        autoencoder: its id; None if unknown.
+        autoencoder_id: names the autoencoder; None if unknown.
         autoencoder_location: where that is; None for the identity.
         class_names: one for each class, or none.
         run: directory of the run it came from, or None.
@@ -59,7 +61,7 @@ class Pretrained:
     weights: Mapping[str, Tensor] = field(repr=False)
     source: str
     step: int | None = None
-    autoencoder: str | None = None
+    autoencoder_id: str | None = None
     autoencoder_location: str | None = None
     class_names: tuple[str, ...] = ()
     run: Path | None = None
@@ -81,7 +83,7 @@ class Pretrained:
             seed: image i depends on (weights, seed, i) alone.
             batch: images drawn at once.
             device: default a GPU if there is one.
-            sampler: keys of ``evaluation.sampler`` to change: ``evaluations=50``, ``cfg_scale=1.5``, ...
+            sampler: keys of ``sampler`` to change: ``evaluations=50``, ``cfg_scale=1.5``, ...
 
         Returns:
             Images [n, H, W, C], uint8.
@@ -96,15 +98,16 @@ class Pretrained:
         return model.generate(torch.arange(len(labels)), labels, seed, batch, device).images
 
     def with_sampler(self, **sampler: Any) -> "Pretrained":
-        """The same weights with another sampler; keys of ``evaluation.sampler``.
+        """The same weights with another sampler; keys of ``sampler``.
 
         Raises:
             ConfigError: an unknown key, or a value that cannot take effect.
         """
-        overrides = {f"evaluation.sampler.{key}": value for key, value in sampler.items()}
+        overrides = {f"sampler.{key}": value for key, value in sampler.items()}
         changed = replace(self, config=with_overrides(self.config, overrides, "the sampler"))
         # What does not depend on the sampler, as far as it was made already.
-        vars(changed).update({name: vars(self)[name] for name in ("model", "decoder", "sha256") if name in vars(self)})
+        made = vars(self)
+        vars(changed).update({name: made[name] for name in ("model", "autoencoder", "sha256") if name in made})
         return changed
 
     def generate(
@@ -131,23 +134,21 @@ class Pretrained:
                 f"Labels must lie in 0..{known - 1}, or be {known} for none,"
                 f" got {int(labels.min())} to {int(labels.max())}."
             )
-        sampler = self.config.evaluation.sampler
+        sampler = self.config.sampler
         drawn = generate(
             field or self.field(device),
             indices=indices.to(device),
             labels=labels.to(device),
             latent_shape=self.config.data.latent_shape,
-            sampler=build_sampler(sampler),
-            evaluations=sampler.evaluations,
-            stop=build_stop(sampler),
+            method=build_sampling_method(sampler),
             seed=seed,
-            decode=self.decoder.decode,
+            decode=self.autoencoder.decode,
             batch=batch,
             start=start,
             start_time=start_time,
         )
         cut_off, not_finite = int((~drawn.complete).sum()), int((~drawn.finite).sum())
-        warn_of_failures(len(indices), cut_off, not_finite, sampler.evaluations)
+        warn_of_failures(len(indices), cut_off, not_finite, sampler.nfe)
         return drawn
 
     def field(self, device: torch.device | str) -> TimedField:
@@ -156,7 +157,8 @@ class Pretrained:
 
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, H, W, C] uint8 -> latents [B, C', h, w], the means of the autoencoder's posterior."""
-        return mean_latents(self.decoder.encode(images), self.decoder.latent_scale, self.decoder.latent_shift)
+        encoder = self.autoencoder
+        return mean_latents(encoder.encode(images), encoder.latent_scale, encoder.latent_shift)
 
     @property
     def name(self) -> str:
@@ -182,19 +184,19 @@ class Pretrained:
         return model.eval().requires_grad_(False)
 
     @cached_property
-    def decoder(self) -> Autoencoder:
-        """What turns latents into images.
+    def autoencoder(self) -> Autoencoder:
+        """What turns latents into images, and images into latents.
 
         Raises:
             DataError: it is not known, or not where it was.
         """
-        if self.autoencoder is None:
+        if self.autoencoder_id is None:
             raise DataError(
                 f"{self.source} does not say which autoencoder decodes its latents; name it with autoencoder"
                 " (--autoencoder): identity, a folder that diffusers wrote, or a hub id like"
                 " stabilityai/sd-vae-ft-ema."
             )
-        return load_autoencoder(self.autoencoder_location, self.autoencoder)
+        return load_autoencoder(self.autoencoder_location, self.autoencoder_id)
 
     @cached_property
     def sha256(self) -> str:
@@ -211,10 +213,10 @@ def load(
     location: str | Path,
     *,
     autoencoder: str | None = None,
-    average: float | Literal["none"] | None = None,
+    ema: float | Literal["none"] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Pretrained:
-    """Load averaged weights.
+    """Load EMA weights.
 
     Args:
         location: a run directory (its newest whole checkpoint), a checkpoint, a directory of ``pipelines/export.py``,
@@ -222,7 +224,7 @@ def load(
             ``.safetensors``. Of a file, sizes are read off the weights; nothing in it is executed.
         autoencoder: what decodes the latents, where the files do not say, or another place for it: ``identity``, a
             folder that diffusers wrote, or a hub id.
-        average: of a run or checkpoint, another of ``optimizer.ema_decays`` than the first, or "none" for the weights
+        ema: of a run or checkpoint, another of ``optimizer.ema_decays`` than the first, or "none" for the weights
             as they are.
         overrides: config keys to change, such as ``{"objective.kind": "flow_matching"}`` for a SiT file.
 
@@ -231,16 +233,16 @@ def load(
         ConfigError: an override that cannot be.
     """
     path, overrides = local_path(location), dict(overrides or {})
-    if average is not None and (path.is_file() or (path / WEIGHTS_FILE).exists()):
-        raise ConfigError(f"Only runs and checkpoints hold several averages, and {path} is neither; leave out average.")
+    if ema is not None and (path.is_file() or (path / WEIGHTS_FILE).exists()):
+        raise ConfigError(f"Only runs and checkpoints hold several EMAs, and {path} is neither; leave out ema.")
     if path.is_file():
         loaded = _file(path, overrides)
     elif (path / WEIGHTS_FILE).exists():
         loaded = _export(path, overrides)
     elif (path / MARKER).exists():
-        loaded = _checkpoint(path, average, overrides)
+        loaded = _checkpoint(path, ema, overrides)
     elif latest := Checkpoints(path / CHECKPOINTS, keep=1).latest():
-        loaded = _checkpoint(latest, average, overrides)
+        loaded = _checkpoint(latest, ema, overrides)
     else:
         raise CheckpointError(
             "A model must be a run directory with a whole checkpoint, a checkpoint, a directory of pipelines/export.py"
@@ -249,7 +251,7 @@ def load(
         )
     if autoencoder is not None:
         found = load_autoencoder(None if autoencoder == "identity" else autoencoder)
-        loaded = replace(loaded, autoencoder=found.id, autoencoder_location=found.location)
+        loaded = replace(loaded, autoencoder_id=found.id, autoencoder_location=found.location)
     return loaded
 
 
@@ -266,16 +268,16 @@ def newest_run(root: Path | None = None) -> Path:
     return max(markers, key=lambda marker: marker.stat().st_mtime).parents[2]
 
 
-def _checkpoint(path: Path, average: float | Literal["none"] | None, overrides: Mapping[str, Any]) -> Pretrained:
+def _checkpoint(path: Path, ema: float | Literal["none"] | None, overrides: Mapping[str, Any]) -> Pretrained:
     marker = read_marker(path)
     verify_file(path, CONFIG_FILE, marker)
     config = _config(path / CONFIG_FILE, overrides)
-    state = WEIGHT if average == "none" else ema_key(average or config.optimizer.ema_decays[0])
+    state = WEIGHT if ema == "none" else ema_key(ema or config.optimizer.ema_decays[0])
     run = path.parent.parent
-    manifest = read_manifest(run) if (run / MANIFEST_NAME).exists() else None
+    manifest = read_manifest(run) if (run / MANIFEST_FILE).exists() else None
     return Pretrained(
         config=config,
-        weights=read_whole(path, None if average is None else state),
+        weights=read_whole(path, None if ema is None else state),
         source=str(path),
         step=marker["step"],
         state=state,
@@ -288,7 +290,7 @@ def _of_manifest(manifest: Manifest | None) -> dict[str, Any]:
     if manifest is None:
         return {}
     return {
-        "autoencoder": manifest.autoencoder,
+        "autoencoder_id": manifest.autoencoder,
         "autoencoder_location": manifest.autoencoder_location,
         "class_names": manifest.class_names,
     }
@@ -297,7 +299,7 @@ def _of_manifest(manifest: Manifest | None) -> dict[str, Any]:
 def _export(path: Path, overrides: Mapping[str, Any]) -> Pretrained:
     try:
         description = json.loads((path / DESCRIPTION_FILE).read_bytes())
-        fields = {name: description[name] for name in ("step", "autoencoder", "autoencoder_location")}
+        fields = {name: description[name] for name in ("step", "autoencoder_id", "autoencoder_location")}
         names = tuple(description["class_names"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
@@ -331,7 +333,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _file(path: Path, overrides: dict[str, Any]) -> Pretrained:
-    """Bare weights under the official names; of the official ``.pt`` the average."""
+    """Bare weights under the official names; of the official ``.pt`` the EMA."""
     if path.suffix == ".safetensors":
         weights = _safetensors(path)
     else:

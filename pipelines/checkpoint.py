@@ -2,8 +2,8 @@
 
 python pipelines/checkpoint.py ls [RUN]                                     which there are, and why they are kept
 python pipelines/checkpoint.py verify [RUN] [--all]                         read all; exit code 1 if one is damaged
-python pipelines/checkpoint.py export [RUN] [--average DECAY] [--out DIR]   any average as safetensors, with a card
-python pipelines/checkpoint.py convert [RUN] [--out FILE.pt]                weights and average for the official code
+python pipelines/checkpoint.py export [RUN] [--ema DECAY] [--out DIR]   any EMA as safetensors, with a card
+python pipelines/checkpoint.py convert [RUN] [--out FILE.pt]                weights and EMA for the official code
 
 RUN is the directory of a run, of which the newest checkpoint is taken, or of a checkpoint; default: the newest run.
 """
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     for action in (ls, verify, export, convert):
         action.add_argument("place", nargs="?", metavar="RUN", help="directory of a run or of a checkpoint")
     verify.add_argument("--all", action="store_true", help="all checkpoints of the run")
-    export.add_argument("--average", type=_decay, metavar="DECAY",
+    export.add_argument("--ema", type=_decay, metavar="DECAY",
                         help="one of optimizer.ema_decays, or none (default: the first)")  # fmt: skip
     export.add_argument("--out", metavar="DIR", help="a new directory (default: exports/NAME-stepN)")
     convert.add_argument("--out", metavar="FILE", help="(default: NAME-stepN.pt)")
@@ -46,8 +46,8 @@ def main(arguments: Sequence[str]) -> None:
     elif options.action == "verify":
         sys.exit(_verify(inventory.checkpoints_of(place, options.all)))
     elif options.action == "export":
-        model = load(place, average=options.average)
-        name = model.name if options.average is None else f"{model.name}-{model.state}"
+        model = load(place, ema=options.ema)
+        name = model.name if options.ema is None else f"{model.name}-{model.state}"
         print(f"{write_export(model, Path(options.out or f'exports/{name}'))} is complete.")
     else:
         model = load(place)

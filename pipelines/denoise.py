@@ -53,9 +53,9 @@ def main(arguments: Sequence[str]) -> None:
             indices, labels, options.seed, options.batch, device,
             start=lambda rows: starts[rows], start_time=gamma if knows_time else 0.0,
         ),
-        model.decoder.decode, latents, levels, seed=options.seed,
+        model.autoencoder.decode, latents, levels, seed=options.seed,
     )  # fmt: skip
-    originals = model.decoder.decode(latents)
+    originals = model.autoencoder.decode(latents)
     evaluation = model.config.evaluation
     extractor = load_extractor(evaluation.extractor, evaluation.extractor_weights).to(device)
     moments = [feature_moments(extractor, images.split(options.batch), device)

@@ -57,8 +57,8 @@ def main(arguments: Sequence[str]) -> None:
     descents = []
     for method in METHODS:
         landscape = train(method, options.data, options.steps, options.seed)
-        ways = landscape.trajectories(start)
-        descents.append(Descent(landscape, ways, energy_distance(ways[-1], data)))
+        trajectories = landscape.trajectories(start)
+        descents.append(Descent(landscape, trajectories, energy_distance(trajectories[-1], data)))
     for descent in descents:
         print(f"{descent.landscape.method:13}  energy distance to data {descent.distance:.4f}")
     print(f"{'data':13}  energy distance to data {energy_distance(others, data):.4f}")

@@ -2,7 +2,7 @@
 
 python pipelines/sample.py                                         100 images of the newest run in runs/
 python pipelines/sample.py --model runs/mine --samples 50000 --format npz --out samples/mine
-python pipelines/sample.py --evaluation.sampler.evaluations 50 --out samples/few
+python pipelines/sample.py --sampler.nfe 50 --out samples/few
 python pipelines/sample.py --config sweeps/stepsize-digits-step2000/best.yaml
 python pipelines/sample.py --model EqM-B-2.pt --autoencoder stabilityai/sd-vae-ft-ema --labels 207,360
 """

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from eqm_dist.build import build_field, build_model, build_sampler, build_stop
-from eqm_dist.config import Config, SamplerConfig, parse, with_overrides
+from eqm_dist.build import build_field, build_model, build_sampler, build_sampling_method
+from eqm_dist.config import Config, SamplerConfig
 from eqm_dist.core.energy import ExplicitEnergy
 from eqm_dist.core.guidance import guided
 from eqm_dist.core.ode import Dopri5, Euler, Heun
@@ -27,6 +27,7 @@ from eqm_dist.core.sampling import GradientNormStop
 from eqm_dist.errors import ConfigError
 from eqm_dist.evaluate.figures import nfe_histogram
 from eqm_dist.models.autoencoder import IdentityAutoencoder
+from eqm_dist.options import parse, with_overrides
 from eqm_dist.presets import digits
 from eqm_dist.pretrained import Pretrained
 from tests import tiny
@@ -52,9 +53,9 @@ SMALL = {"model.hidden_size": 16, "model.depth": 1, "model.num_heads": 2, "model
             NesterovGradientDescent(0.003, 0.0, BacktrackingStep()),
         ),
         ({"name": "adam", "step_size": 0.1, "step_policy": "decay"}, Adam(0.1, DecayingStep(0.01))),
-        ({"name": "euler"}, Euler(1.0)),
-        ({"name": "heun", "evaluations": 10, "horizon": 0.4}, Heun(0.4)),
-        ({"name": "dopri5"}, Dopri5(1.0, 1e-3, 1e-6)),
+        ({"name": "euler", "horizon": 1.0}, Euler(1.0)),
+        ({"name": "heun", "nfe": 10, "horizon": 0.4}, Heun(0.4)),
+        ({"name": "dopri5", "horizon": 1.0}, Dopri5(1.0, 1e-3, 1e-6)),
         ({"name": "dopri5", "horizon": 0.4, "rtol": 1e-2, "atol": 1e-3}, Dopri5(0.4, 1e-2, 1e-3)),
     ],
 )
@@ -63,9 +64,9 @@ def test_every_sampler_is_built_from_its_options(options: dict[str, Any], expect
 
 
 def test_a_stopping_rule_is_built_where_one_is_asked_for() -> None:
-    assert build_stop(SamplerConfig()) is None
-    assert build_stop(SamplerConfig(stop_norm=0.1)) == GradientNormStop(norm=0.1)
-    assert build_stop(SamplerConfig(stop_ratio=0.1)) == GradientNormStop(ratio=0.1)
+    assert build_sampling_method(SamplerConfig()).stop is None
+    assert build_sampling_method(SamplerConfig(stop_norm=0.1)).stop == GradientNormStop(norm=0.1)
+    assert build_sampling_method(SamplerConfig(stop_ratio=0.1)).stop == GradientNormStop(ratio=0.1)
 
 
 def small(**overrides: Any) -> Config:
@@ -89,7 +90,7 @@ def test_the_field_of_flow_matching_sees_its_time() -> None:
 
 
 def test_guidance_of_the_config_ends_with_its_interval() -> None:
-    guidance = {"evaluation.sampler.cfg_scale": 2.0, "evaluation.sampler.guidance_interval": [0.2, 0.7]}
+    guidance = {"sampler.cfg_scale": 2.0, "sampler.guidance_interval": [0.2, 0.7]}
     config = small(**guidance)
     model = build_model(config)
     field, strong = build_field(config, model, 10)(X, LABELS, TIME), guided(model, cfg_scale=2.0, null_label=10)
@@ -114,14 +115,14 @@ def run(root: Path, **others: Any) -> tuple[tiny.Outcome, dict[str, float]]:
 
 
 def test_a_flow_matching_run_is_evaluated(tmp_path: Path) -> None:
-    options = sampler_overrides("heun", evaluations=4)
+    options = sampler_overrides("heun", nfe=4)
     _, metrics = run(tmp_path, **{"objective.kind": "flow_matching", **options})
     assert metrics["eval/nfe"] == 4
     assert math.isfinite(metrics["eval/fid"])
 
 
 def test_samples_that_stop_by_themselves_are_counted_and_drawn(tmp_path: Path) -> None:
-    options = sampler_overrides("gd", step_size=0.05, stop_ratio=0.9, evaluations=40)
+    options = sampler_overrides("gd", step_size=0.05, stop_ratio=0.9, nfe=40)
     _, metrics = run(tmp_path, **{"model.zero_init": False, **options})
     assert 1 < metrics["eval/nfe"] < 40
     histogram = np.asarray(Image.open(tmp_path / "tiny" / "samples" / "nfe_step00000002.png"))
@@ -129,24 +130,24 @@ def test_samples_that_stop_by_themselves_are_counted_and_drawn(tmp_path: Path) -
 
 
 def test_samples_that_break_are_reported(tmp_path: Path) -> None:
-    options = sampler_overrides("gd", step_size=1e30, evaluations=40)
+    options = sampler_overrides("gd", step_size=1e30, nfe=40)
     ended, _ = run(tmp_path, **{"model.zero_init": False, **options})
     assert "20 of 20 samples are not finite" in ended.err + ended.out
 
 
 def test_a_trained_model_stops_as_its_sampler_says() -> None:
-    config = small(**sampler_overrides("gd", stop_ratio=0.999, step_size=0.05, evaluations=90))
-    model = Pretrained(config, build_model(config).state_dict(), "weights", autoencoder=IdentityAutoencoder.id)
+    config = small(**sampler_overrides("gd", stop_ratio=0.999, step_size=0.05, nfe=90))
+    model = Pretrained(config, build_model(config).state_dict(), "weights", autoencoder_id=IdentityAutoencoder.id)
     generated = model.generate(torch.arange(4), LABELS, seed=0, batch=2, device=torch.device("cpu"))
     assert generated.complete.all()
     assert generated.nfe.max() < 90
 
 
 def test_a_trained_model_tells_of_samples_that_break(caplog: pytest.LogCaptureFixture) -> None:
-    config = small(**sampler_overrides("gd", step_size=1e30, stop_norm=1e-3, evaluations=40))
-    model = Pretrained(config, build_model(config).state_dict(), "weights", autoencoder=IdentityAutoencoder.id)
+    config = small(**sampler_overrides("gd", step_size=1e30, stop_norm=1e-3, nfe=40))
+    model = Pretrained(config, build_model(config).state_dict(), "weights", autoencoder_id=IdentityAutoencoder.id)
     model.generate(torch.arange(4), LABELS, seed=0, batch=2, device=torch.device("cpu"))
-    assert "4 of 4 samples were cut off by evaluations=40" in caplog.text
+    assert "4 of 4 samples were cut off by nfe=40" in caplog.text
     assert "4 of 4 samples are not finite" in caplog.text
 
 

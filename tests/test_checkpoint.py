@@ -88,7 +88,7 @@ def test_a_loaded_state_is_the_saved_one_bit_for_bit(shards: Path, tmp_path: Pat
     saved = state(run)
     fresh = start(tiny.config(tmp_path, shards, **{"optimizer.ema_decays": [0.9, 0.99], "run.name": "fresh"}))
     assert any(not torch.equal(value, saved[key]) for key, value in state(fresh).items())
-    assert fresh.checkpoints.load(checkpoint(tmp_path, 6), fresh.engine, fresh.shapes) == run.state
+    assert fresh.checkpoints.load(checkpoint(tmp_path, 6), fresh.engine) == run.state
     assert_equal(state(fresh), saved)
     assert {key for key, _ in saved} == {"weight", "exp_avg", "exp_avg_sq", "ema_0.9", "ema_0.99"}
 
@@ -108,18 +108,18 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert curve(tmp_path) == curve(trained)
 
 
-def test_the_averages_are_exported_as_a_state_dict(root: Path, shards: Path) -> None:
+def test_the_ema_is_exported_as_a_state_dict(root: Path, shards: Path) -> None:
     config = tiny.config(root, shards)
     run = start(config)
     weights = safetensors.torch.load_file(checkpoint(root, 6) / EMA_FILE)
     model = build_model(config)
     initial = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(weights)  # strict: every name and shape
-    averages = {name: values for (kind, name), values in state(run).items() if kind == run.ema_state}
+    emas = {name: values for (kind, name), values in state(run).items() if kind == run.ema_state}
     for name, value in model.state_dict().items():
-        assert torch.equal(value.flatten(), averages[name] if name in averages else initial[name].flatten()), name
-    assert set(weights) - set(averages) == {"pos_embed"}
-    assert any(not torch.equal(weights[name], initial[name]) for name in averages)
+        assert torch.equal(value.flatten(), emas[name] if name in emas else initial[name].flatten()), name
+    assert set(weights) - set(emas) == {"pos_embed"}
+    assert any(not torch.equal(weights[name], initial[name]) for name in emas)
 
 
 def test_the_newest_checkpoints_are_kept(shards: Path, tmp_path: Path) -> None:
@@ -373,7 +373,7 @@ def test_a_checkpoint_of_another_model_is_refused(model: dict[str, Any], root: P
     other = start(tiny.config(root, shards, **model, **{"run.name": "other"}))
     before = state(other)
     with pytest.raises(CheckpointError, match=r"must be of the run's model, but .* weights in .* and the model has"):
-        other.checkpoints.load(checkpoint(root, 6), other.engine, other.shapes)
+        other.checkpoints.load(checkpoint(root, 6), other.engine)
     assert_equal(state(other), before)
 
 
@@ -382,7 +382,7 @@ def test_a_deeper_checkpoint_does_not_load_into_a_shallower_model(shards: Path, 
     train(deep)
     shallow = start(tiny.config(tmp_path, shards, **{"run.name": "shallow"}))
     with pytest.raises(CheckpointError, match=r"weights in blocks\.1\..* and the model has 0;"):
-        shallow.checkpoints.load(checkpoint(tmp_path, 6), shallow.engine, shallow.shapes)
+        shallow.checkpoints.load(checkpoint(tmp_path, 6), shallow.engine)
 
 
 # --- a full disk ---

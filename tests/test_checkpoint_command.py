@@ -115,32 +115,32 @@ def test_a_hole_that_checksums_do_not_see_is_found(
     assert sentence in out
 
 
-@pytest.mark.parametrize("average", [None, "0.9", "0.99", "none"])
-def test_any_average_can_be_exported(
-    average: str | None, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("ema", [None, "0.9", "0.99", "none"])
+def test_any_ema_can_be_exported(
+    ema: str | None, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [] if average is None else ["--average", average]
+    flags = [] if ema is None else ["--ema", ema]
     main(["export", str(trained / "tiny"), *flags, "--out", str(tmp_path / "out")])
     assert capsys.readouterr().out == f"{tmp_path / 'out'} is complete.\n"
     exported = eqm_dist.load(tmp_path / "out").weights
-    state = {None: "ema_0.9", "none": "weight"}.get(average, f"ema_{average}")
+    state = {None: "ema_0.9", "none": "weight"}.get(ema, f"ema_{ema}")
     shards = trained / "data" / "blots"
     run = build_run(open_run(tiny.config(trained, shards, **OVERRIDES)), torch.device("cpu"))
     pieces = {piece.name: piece.values for piece in run.engine.fragments() if piece.state == state}
-    assert exported.keys() == run.frozen.keys() | pieces.keys()
+    assert exported.keys() == run.engine.frozen.keys() | pieces.keys()
     assert all(torch.equal(exported[name].flatten(), values) for name, values in pieces.items())
     card = (tmp_path / "out" / "README.md").read_text()
-    assert ("| weights | not averaged |" if average == "none" else f"| weights | average, decay {state[4:]} |") in card
+    assert ("| weights | no EMA |" if ema == "none" else f"| weights | EMA, decay {state[4:]} |") in card
 
 
-def test_an_average_that_is_not_there_is_refused(trained: Path, tmp_path: Path) -> None:
+def test_an_ema_that_is_not_there_is_refused(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds ema_0.9, ema_0.99, .*, and not ema_0.5; choose one"):
-        main(["export", str(trained / "tiny"), "--average", "0.5", "--out", str(tmp_path / "out")])
+        main(["export", str(trained / "tiny"), "--ema", "0.5", "--out", str(tmp_path / "out")])
     with pytest.raises(ConfigError, match=r"must be a decay like 0\.9999, or none, got most"):
-        main(["export", str(trained / "tiny"), "--average", "most"])
+        main(["export", str(trained / "tiny"), "--ema", "most"])
     main(["export", str(trained / "tiny"), "--out", str(tmp_path / "out")])
-    with pytest.raises(ConfigError, match="Only runs and checkpoints hold several averages"):
-        eqm_dist.load(tmp_path / "out", average=0.9)
+    with pytest.raises(ConfigError, match="Only runs and checkpoints hold several EMAs"):
+        eqm_dist.load(tmp_path / "out", ema=0.9)
 
 
 def test_a_converted_checkpoint_is_an_official_one(trained: Path, tmp_path: Path) -> None:
@@ -153,9 +153,7 @@ def test_a_converted_checkpoint_is_an_official_one(trained: Path, tmp_path: Path
     assert all(torch.equal(content["ema"][name], run.weights[name]) for name in run.weights)
     assert not all(torch.equal(content["model"][name], run.weights[name]) for name in run.weights)
     again = eqm_dist.load(file, autoencoder="identity", overrides={"model.num_heads": 2})
-    assert torch.equal(
-        again.sample([0, 1]), run.with_sampler(**again.config.evaluation.sampler.model_dump()).sample([0, 1])
-    )
+    assert torch.equal(again.sample([0, 1]), run.with_sampler(**again.config.sampler.model_dump()).sample([0, 1]))
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from eqm_dist import cli
-from eqm_dist.build import step_size_warning
-from eqm_dist.config import Config, annotation_name, options, parse, to_yaml, with_overrides
+from eqm_dist.config import Config
+from eqm_dist.derived import step_size_warning
 from eqm_dist.errors import ConfigError, EqmDistError, LaunchError, UserError
+from eqm_dist.options import options, parse, to_yaml, with_overrides
 from eqm_dist.presets import PRESETS, digits, eqm_b2, eqm_xl2
 from pipelines import train_classifier
 from tests import tiny
@@ -134,7 +135,7 @@ def test_a_command_with_flags_of_its_own_refuses_alike(arguments: list[str], sen
     assert str(raised.value) == sentence
 
 
-@pytest.mark.parametrize("key", [key for key, _ in options(Config)])
+@pytest.mark.parametrize("key", [option.key for option in options(Config)])
 def test_abbreviations_are_refused(key: str) -> None:
     # Today's unique prefix is ambiguous with tomorrow's option.
     with pytest.raises(ConfigError, match=f"--{key[:-1]} is not an option"):
@@ -149,9 +150,8 @@ def test_help_describes_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         cli.parser("What it does.").parse_args(["--help"])
     assert left.value.code == 0
     text = "".join(capsys.readouterr().out.split())  # lines break anywhere, at hyphens too
-    for key, field in options(Config):
-        default = "" if field.default is None else f" (default: {field.default})"
-        entry = f"--{key} {annotation_name(field.annotation)} {field.description}{default}"
+    for option in options(Config):
+        entry = f"--{option.key} {option.type_name} {option.help}"
         assert "".join(entry.split()) in text
     for sentence in ("What it does.", "Precedence: defaults < --preset < --config < flags."):
         assert "".join(sentence.split()) in text
@@ -174,7 +174,7 @@ def test_dry_run_of_the_largest_preset_prints_its_numbers(tmp_path: Path) -> Non
     assert config == with_overrides(eqm_xl2(), {"run.root": str(tmp_path / "runs")})
     # 28 blocks of width 1152 on 256 tokens, as published: 675M parameters, 118.6 GMAC forward. The position table
     # (256 x 1152) is not trained. A step costs three forward passes; a checkpoint holds the fp32 weight, two moments
-    # and one average of what is trained, and the whole average once more. One worker of ZeRO 2 holds the computing
+    # and one EMA of what is trained, and the whole EMA once more. One worker of ZeRO 2 holds the computing
     # weights and the gradient besides.
     trained = 675_129_632 - 256 * 1152
     saved = 4 * (4 * trained + 675_129_632)
@@ -187,7 +187,7 @@ def test_dry_run_of_the_largest_preset_prints_its_numbers(tmp_path: Path) -> Non
         "model state": f"{24 * trained:,} bytes ({24 * trained / 2**30:.2f} GiB) on each of 1 worker, ZeRO 2",
         "training cost": "711.729 GFLOP per image (118.621 GMAC forward)",
         "run directory": str(tmp_path / "runs" / "eqm-xl2"),
-        "largest stable step": "0.1 (plain descent near data; evaluation.sampler.step_size)",
+        "largest stable step": "0.1 (plain descent near data; sampler.step_size)",
     }
     assert list(tmp_path.iterdir()) == []
 
@@ -200,11 +200,11 @@ def test_dry_run_without_a_stability_bound_names_none(tmp_path: Path) -> None:
 def test_a_self_stopping_path_has_a_bound_of_its_own_and_warns_above_it(tmp_path: Path) -> None:
     objective = ["--objective.kind", "self_stopping", "--objective.braking_start", "0.75", "--run.root", str(tmp_path)]
     config, numbers = dry_run(*objective)
-    assert numbers["largest stable step"] == "0.25 (plain descent near data; evaluation.sampler.step_size)"
-    assert step_size_warning(with_overrides(config, {"evaluation.sampler.step_size": 0.25})) is None
-    warning = step_size_warning(with_overrides(config, {"evaluation.sampler.step_size": 0.251}))
+    assert numbers["largest stable step"] == "0.25 (plain descent near data; sampler.step_size)"
+    assert step_size_warning(with_overrides(config, {"sampler.step_size": 0.25})) is None
+    warning = step_size_warning(with_overrides(config, {"sampler.step_size": 0.251}))
     assert warning is not None
-    assert warning.startswith("evaluation.sampler.step_size=0.251 is above 0.25, where descent jumps over the part of")
+    assert warning.startswith("sampler.step_size=0.251 is above 0.25, where descent jumps over the part of")
 
 
 @pytest.mark.parametrize("ema_decays", ["[0.9]", "[0.9, 0.99, 0.999]"])

@@ -14,7 +14,7 @@ from eqm_dist.core import ode
 from eqm_dist.core.corruption import corrupt
 from eqm_dist.core.ode import Dopri5, Euler, Heun
 from eqm_dist.core.samplers import GradientDescent, Sampler
-from eqm_dist.core.sampling import SampleResult, in_order, sample, sample_queue
+from eqm_dist.core.sampling import SampleResult, SamplingMethod, in_order, sample, sample_queue
 from eqm_dist.errors import ConfigError
 
 START = torch.tensor([[1.0, -2.0], [0.5, 4.0], [0.3, -1.0]], dtype=torch.float64)
@@ -25,14 +25,13 @@ def swing(x: Tensor, time: Tensor) -> Tensor:
     return 3 * torch.cos(3 * time)[:, None] * x
 
 
-def integrate(sampler: Sampler, evaluations: int, field=swing, start: Tensor = START, **options) -> SampleResult:
+def integrate(sampler: Sampler, nfe: int, field=swing, start: Tensor = START, **options) -> SampleResult:
     rows = torch.arange(len(start))
     parts = sample_queue(
         lambda x, rows, time: field(x, time),
         start.__getitem__,
         rows,
-        sampler,
-        evaluations,
+        SamplingMethod(sampler, nfe),
         **{"slots": len(start), **options},
     )
     return in_order(list(parts))
@@ -44,7 +43,7 @@ def error(result: SampleResult) -> float:
 
 @pytest.mark.parametrize(("sampler", "order"), [(Euler(), 1), (Heun(), 2)])
 def test_halving_the_steps_divides_the_error_by_two_to_the_order(sampler: Sampler, order: int) -> None:
-    errors = [error(integrate(sampler, evaluations)) for evaluations in (200, 400, 800)]
+    errors = [error(integrate(sampler, nfe)) for nfe in (200, 400, 800)]
     for coarse, fine in pairwise(errors):
         assert coarse / fine == pytest.approx(2**order, rel=0.05)  # the next term of the series is a per cent of this
 
@@ -123,9 +122,9 @@ def test_the_limit_of_evaluations_is_kept_and_told() -> None:
     assert not result.complete.any()
 
 
-@pytest.mark.parametrize(("sampler", "evaluations"), [(Euler(), 10), (Heun(), 10), (Dopri5(), 100)])
+@pytest.mark.parametrize(("sampler", "nfe"), [(Euler(), 10), (Heun(), 10), (Dopri5(), 100)])
 @pytest.mark.parametrize("gamma", [0.0, 0.4, 0.9])
-def test_the_straight_field_of_one_datum_leads_from_any_gamma_to_it(sampler, evaluations, gamma) -> None:
+def test_the_straight_field_of_one_datum_leads_from_any_gamma_to_it(sampler, nfe, gamma) -> None:
     datum, noise = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     times = []
 
@@ -134,22 +133,22 @@ def test_the_straight_field_of_one_datum_leads_from_any_gamma_to_it(sampler, eva
         return datum - noise
 
     start = corrupt(datum, noise, torch.full((4,), gamma, dtype=torch.float64))
-    result = integrate(sampler, evaluations, field, start, start_time=gamma)
+    result = integrate(sampler, nfe, field, start, start_time=gamma)
     torch.testing.assert_close(result.samples, datum, rtol=0, atol=1e-12)
     assert times[0].eq(gamma).all()
     assert torch.stack(times).max() <= 1
 
 
 def test_euler_on_a_field_without_time_is_gradient_descent() -> None:
-    euler = sample(torch.cos, START, Euler(horizon=2.0), 20).samples
+    euler = sample(torch.cos, START, SamplingMethod(Euler(horizon=2.0), 20)).samples
     torch.testing.assert_close(
-        euler, sample(torch.cos, START, GradientDescent(0.1), 20).samples, rtol=1e-13, atol=1e-13
+        euler, sample(torch.cos, START, SamplingMethod(GradientDescent(0.1), 20)).samples, rtol=1e-13, atol=1e-13
     )
 
 
 def test_the_horizon_is_how_long_the_field_is_followed() -> None:
-    for sampler, evaluations in [(Heun(2.5), 2000), (Dopri5(2.5, 1e-8, 1e-8), 2000)]:
-        result = sample(lambda x: -x, START, sampler, evaluations)
+    for sampler, nfe in [(Heun(2.5), 2000), (Dopri5(2.5, 1e-8, 1e-8), 2000)]:
+        result = sample(lambda x: -x, START, SamplingMethod(sampler, nfe))
         torch.testing.assert_close(result.samples, math.exp(-2.5) * START, rtol=1e-5, atol=0)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from eqm_dist.core.corruption import SelfStoppingPath, corrupt
 from eqm_dist.core.objective import eqm_loss
 from eqm_dist.core.samplers import GradientDescent
-from eqm_dist.core.sampling import sample
+from eqm_dist.core.sampling import SamplingMethod, sample
 from eqm_dist.errors import ConfigError
 
 STARTS = st.floats(0, 0.99)
@@ -92,7 +92,9 @@ def test_descent_settles_at_the_distance_that_is_stated(start: float, share: flo
     torch.testing.assert_close(1 - path(gammas), between.double())
     torch.testing.assert_close(-field(between.double()), path.pace(gammas))
     # From an odd place: a whole number of steps would end on the datum itself, where descent stays.
-    settled = sample(field, torch.full((1, 1), 0.9137).double(), GradientDescent(step_size), 2000).samples
+    settled = sample(
+        field, torch.full((1, 1), 0.9137).double(), SamplingMethod(GradientDescent(step_size), 2000)
+    ).samples
     assert settled.abs().item() == pytest.approx(path.distance_at_rest(step_size), rel=1e-6)
 
 

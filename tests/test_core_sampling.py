@@ -17,7 +17,7 @@ from eqm_dist.core.samplers import (
     NesterovGradientDescent,
     Sampler,
 )
-from eqm_dist.core.sampling import GradientNormStop, SampleResult, in_order, sample, sample_queue
+from eqm_dist.core.sampling import GradientNormStop, SampleResult, SamplingMethod, in_order, sample, sample_queue
 from eqm_dist.errors import ConfigError
 
 START = torch.tensor([[1.0, -2.0], [0.5, 4.0], [0.0, -1.0]], dtype=torch.float64)
@@ -28,12 +28,12 @@ def quadratic(curvature: float) -> Field:
     return lambda x: -curvature * x
 
 
-@given(step_size=st.floats(0.01, 1.0), curvature=st.floats(0.1, 1.9), evaluations=st.integers(1, 30))
-def test_gradient_descent_on_a_quadratic(step_size: float, curvature: float, evaluations: int) -> None:
-    result = sample(quadratic(curvature), START, GradientDescent(step_size), evaluations)
-    expected = (1 - step_size * curvature) ** evaluations * START
+@given(step_size=st.floats(0.01, 1.0), curvature=st.floats(0.1, 1.9), nfe=st.integers(1, 30))
+def test_gradient_descent_on_a_quadratic(step_size: float, curvature: float, nfe: int) -> None:
+    result = sample(quadratic(curvature), START, SamplingMethod(GradientDescent(step_size), nfe))
+    expected = (1 - step_size * curvature) ** nfe * START
     torch.testing.assert_close(result.samples, expected, rtol=1e-11, atol=1e-13)
-    assert result.nfe.tolist() == [evaluations] * len(START)
+    assert result.nfe.tolist() == [nfe] * len(START)
     assert result.nfe.dtype == torch.int64
 
 
@@ -47,13 +47,15 @@ def test_nesterov_on_a_quadratic_is_a_linear_recurrence(
     shrink = step_size * curvature
     companion = np.array([[1 - shrink * (1 + momentum), shrink * momentum], [1, 0]])
     factor = np.linalg.matrix_power(companion, steps) @ np.ones(2)  # x_{-1} = x_0: the first step has no momentum
-    result = sample(quadratic(curvature), START, NesterovGradientDescent(step_size, momentum), steps)
+    result = sample(quadratic(curvature), START, SamplingMethod(NesterovGradientDescent(step_size, momentum), steps))
     torch.testing.assert_close(result.samples, factor[0] * START, rtol=1e-10, atol=1e-12)
 
 
 def test_nesterov_without_momentum_is_gradient_descent() -> None:
-    plain = sample(torch.cos, START, GradientDescent(0.1), 7)
-    assert torch.equal(sample(torch.cos, START, NesterovGradientDescent(0.1, 0.0), 7).samples, plain.samples)
+    plain = sample(torch.cos, START, SamplingMethod(GradientDescent(0.1), 7))
+    assert torch.equal(
+        sample(torch.cos, START, SamplingMethod(NesterovGradientDescent(0.1, 0.0), 7)).samples, plain.samples
+    )
 
 
 def test_the_samplers_are_their_equations_to_the_last_bit() -> None:
@@ -62,13 +64,13 @@ def test_the_samplers_are_their_equations_to_the_last_bit() -> None:
     for _ in range(20):
         step = 0.1 * torch.cos(x + 0.3 * step)
         x = x + step
-    assert torch.equal(sample(torch.cos, start, NesterovGradientDescent(0.1, 0.3), 20).samples, x)
+    assert torch.equal(sample(torch.cos, start, SamplingMethod(NesterovGradientDescent(0.1, 0.3), 20)).samples, x)
 
 
-@given(first=st.floats(0.01, 1.0), last=st.floats(0.001, 1.0), evaluations=st.integers(1, 20))
-def test_a_decaying_step_on_a_quadratic(first: float, last: float, evaluations: int) -> None:
-    sizes = np.geomspace(first, last, evaluations + 1)[:-1]
-    result = sample(quadratic(0.7), START, GradientDescent(first, DecayingStep(last)), evaluations)
+@given(first=st.floats(0.01, 1.0), last=st.floats(0.001, 1.0), nfe=st.integers(1, 20))
+def test_a_decaying_step_on_a_quadratic(first: float, last: float, nfe: int) -> None:
+    sizes = np.geomspace(first, last, nfe + 1)[:-1]
+    result = sample(quadratic(0.7), START, SamplingMethod(GradientDescent(first, DecayingStep(last)), nfe))
     torch.testing.assert_close(result.samples, float(np.prod(1 - 0.7 * sizes)) * START, rtol=1e-9, atol=1e-12)
 
 
@@ -81,10 +83,10 @@ def test_backtracking_halves_each_samples_step_until_it_descends(momentum: float
     def field(x: torch.Tensor) -> torch.Tensor:
         return -curvature * x
 
-    constant = sample(field, START, NesterovGradientDescent(0.4, momentum), 60).samples
+    constant = sample(field, START, SamplingMethod(NesterovGradientDescent(0.4, momentum), 60)).samples
     assert (constant[1:].abs() > 1e3).any(1).all()
     policy = BacktrackingStep(rise=0.0)
-    careful = sample(field, START, NesterovGradientDescent(0.4, momentum, policy), 60)
+    careful = sample(field, START, SamplingMethod(NesterovGradientDescent(0.4, momentum, policy), 60))
     assert careful.nfe.tolist() == [60] * 3
     assert (careful.samples.abs() < 1e-4).all()
     torch.testing.assert_close(careful.samples[0], constant[0], rtol=0, atol=0)  # nothing to take back
@@ -92,18 +94,18 @@ def test_backtracking_halves_each_samples_step_until_it_descends(momentum: float
 
 def test_backtracking_takes_the_step_back_before_it_tries_a_shorter_one() -> None:
     # Curvature 6, step 0.4: the first step multiplies x by -1.4, which is taken back; 0.2 multiplies it by -0.2.
-    result = sample(quadratic(6), START, GradientDescent(0.4, BacktrackingStep(rise=0.0)), 2)
+    result = sample(quadratic(6), START, SamplingMethod(GradientDescent(0.4, BacktrackingStep(rise=0.0)), 2))
     torch.testing.assert_close(result.samples, -0.2 * START, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("evaluations", [1, 7, 40])
-def test_adam_is_that_of_torch(evaluations: int) -> None:
+@pytest.mark.parametrize("nfe", [1, 7, 40])
+def test_adam_is_that_of_torch(nfe: int) -> None:
     x = START.clone().requires_grad_()
     optimizer = torch.optim.Adam([x], lr=0.05)
-    for _ in range(evaluations):
+    for _ in range(nfe):
         x.grad = -torch.cos(x.detach())
         optimizer.step()
-    result = sample(torch.cos, START, Adam(0.05), evaluations)
+    result = sample(torch.cos, START, SamplingMethod(Adam(0.05), nfe))
     torch.testing.assert_close(result.samples, x.detach(), rtol=1e-9, atol=1e-9)
 
 
@@ -113,15 +115,15 @@ def test_adam_is_that_of_torch(evaluations: int) -> None:
 def test_a_sample_stops_at_the_first_field_below_the_limit(stop: GradientNormStop) -> None:
     start = torch.tensor([[1.0, 1.0], [8.0, -8.0], [0.5, 0.5], [1e4, 1e4]], dtype=torch.float64)
     shrink = 1 - 0.2
-    result = sample(quadratic(1.0), start, GradientDescent(0.2), 50, stop)
+    result = sample(quadratic(1.0), start, SamplingMethod(GradientDescent(0.2), 50, stop))
     # Evaluation k + 1 sees shrink^k times the start, whose root mean square is that of either coordinate.
     first = start[:, 0].abs().numpy()
     limit = np.maximum(stop.norm or 0, (stop.ratio or 0) * first)
     expected = np.minimum(50, 2 + np.floor(np.log(limit / first) / np.log(shrink)))
     assert result.nfe.tolist() == expected.tolist()
     assert result.complete.tolist() == (expected < 50).tolist()
-    for row, nfe in enumerate(result.nfe.tolist()):  # and is then what a fixed schedule of so many evaluations gives
-        fixed = sample(quadratic(1.0), start, GradientDescent(0.2), nfe).samples
+    for row, nfe in enumerate(result.nfe.tolist()):  # and is then what a fixed schedule of so many NFE gives
+        fixed = sample(quadratic(1.0), start, SamplingMethod(GradientDescent(0.2), nfe)).samples
         assert torch.equal(result.samples[row], fixed[row])
 
 
@@ -137,7 +139,8 @@ def pull(x: torch.Tensor, rows: torch.Tensor, time: torch.Tensor) -> torch.Tenso
 def one_by_one(sampler: Sampler) -> SampleResult:
     stop = GradientNormStop(norm=0.5)
     queues = (
-        sample_queue(pull, QUEUE.__getitem__, row, sampler, 30, slots=1, stop=stop) for row in torch.arange(9).split(1)
+        sample_queue(pull, QUEUE.__getitem__, row, SamplingMethod(sampler, 30, stop=stop), slots=1)
+        for row in torch.arange(9).split(1)
     )
     return in_order([part for queue in queues for part in queue])
 
@@ -157,7 +160,9 @@ def test_slots_are_refilled_and_change_no_sample(sampler: Sampler, slots: int, o
         return QUEUE[rows]
 
     stop = GradientNormStop(norm=0.5)
-    result = in_order(list(sample_queue(field, start, torch.tensor(order), sampler, 30, slots=slots, stop=stop)))
+    result = in_order(
+        list(sample_queue(field, start, torch.tensor(order), SamplingMethod(sampler, 30, stop=stop), slots=slots))
+    )
     assert started == order  # each once, in the order of the queue
     assert sum(sizes) == result.nfe.sum()  # an evaluation for every count, none of a sample that has ended
     assert torch.equal(result.samples, one_by_one(sampler).samples)
@@ -171,7 +176,7 @@ def test_time_is_the_part_of_the_evaluations_that_lies_behind() -> None:
         times.append(time.tolist())
         return -x
 
-    list(sample_queue(field, START.__getitem__, torch.arange(3), GradientDescent(0.1), 4, slots=3))
+    list(sample_queue(field, START.__getitem__, torch.arange(3), SamplingMethod(GradientDescent(0.1), 4), slots=3))
     assert times == [[part] * 3 for part in (0.0, 0.25, 0.5, 0.75)]
 
 
@@ -183,7 +188,7 @@ def test_evaluations_are_counted_where_they_happen(sampler: Sampler) -> None:
         sizes.append(len(x))
         return -x
 
-    result = sample(field, START, sampler, 5)
+    result = sample(field, START, SamplingMethod(sampler, 5))
     assert sizes == [3] * 5
     assert result.nfe.tolist() == [5, 5, 5]
 
@@ -191,7 +196,7 @@ def test_evaluations_are_counted_where_they_happen(sampler: Sampler) -> None:
 def test_sampling_records_no_graph_and_leaves_the_start_alone() -> None:
     weight = torch.ones((), dtype=torch.float64, requires_grad=True)
     start = START.clone()
-    result = sample(lambda x: -weight * x, start, NesterovGradientDescent(0.1, 0.3), 3)
+    result = sample(lambda x: -weight * x, start, SamplingMethod(NesterovGradientDescent(0.1, 0.3), 3))
     assert not result.samples.requires_grad
     assert torch.equal(start, START)
 
@@ -199,12 +204,16 @@ def test_sampling_records_no_graph_and_leaves_the_start_alone() -> None:
 def queue(**options: Any) -> list[Any]:
     field: Any = torch.cos
     rows = torch.arange(len(START))
-    return list(sample_queue(field, START.__getitem__, rows, GradientDescent(0.1), 3, **{"slots": 3, **options}))
+    return list(
+        sample_queue(field, START.__getitem__, rows, SamplingMethod(GradientDescent(0.1), 3), **{"slots": 3, **options})
+    )
 
 
 def test_each_sample_goes_its_own_way() -> None:
-    whole = sample(torch.cos, START, NesterovGradientDescent(0.1, 0.3), 9).samples
-    alone = [sample(torch.cos, row[None], NesterovGradientDescent(0.1, 0.3), 9).samples for row in START]
+    whole = sample(torch.cos, START, SamplingMethod(NesterovGradientDescent(0.1, 0.3), 9)).samples
+    alone = [
+        sample(torch.cos, row[None], SamplingMethod(NesterovGradientDescent(0.1, 0.3), 9)).samples for row in START
+    ]
     assert torch.equal(whole, torch.cat(alone))
 
 
@@ -216,7 +225,7 @@ def test_each_sample_goes_its_own_way() -> None:
         (lambda: NesterovGradientDescent(-0.1, 0.3), "step_size"),
         (lambda: NesterovGradientDescent(0.1, 1.0), "momentum"),
         (lambda: NesterovGradientDescent(0.1, -0.1), "momentum"),
-        (lambda: sample(torch.cos, START, GradientDescent(0.1), 0), "evaluations"),
+        (lambda: sample(torch.cos, START, SamplingMethod(GradientDescent(0.1), 0)), "nfe"),
         (lambda: Adam(0.0), "step_size"),
         (lambda: DecayingStep(0.0), "final_step_size"),
         (lambda: BacktrackingStep(-0.1), "rise"),

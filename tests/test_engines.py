@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from eqm_dist.build import OpenRun, build_model, build_run
-from eqm_dist.config import Config, with_overrides
+from eqm_dist.config import Config
 from eqm_dist.errors import ConfigError
 from eqm_dist.open_run import open_run
+from eqm_dist.options import with_overrides
 from eqm_dist.presets import digits
 from eqm_dist.track.jsonl import read_metrics
 from eqm_dist.train.loop import train
@@ -36,13 +37,13 @@ VARIANTS = {
 # The runs differ in the order of fp32 sums: of gradients over ranks and micro-batches, and in the blocking of matrix
 # products. Each is off by some 1e-7 of its value, and Adam's division by the root of the second moment passes that on
 # where a gradient is near zero. Twenty steps at this learning rate stay below 2e-5; a lost sample, a wrong learning
-# rate or a stale average is off by 1e-2 and more.
+# rate or a stale EMA is off by 1e-2 and more.
 TOLERANCE = 2e-5
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What a run came to: its losses and gradient norms step by step, and its averaged weights."""
+    """What a run came to: its losses and gradient norms step by step, and its EMA weights."""
 
     losses: torch.Tensor
     grad_norms: torch.Tensor
@@ -84,7 +85,7 @@ def run_engines(rank: int, runs: list[OpenRun], stop_at: int | None) -> list[Cur
 def _run(rank: int, opened: OpenRun, stop_at: int | None) -> Curve | None:
     run = build_run(opened, torch.device("cpu"))
     train(replace(run, steps=stop_at) if stop_at else run)
-    ema = torch.cat([value.flatten() for value in run.averaged_weights().values()])
+    ema = torch.cat([value.flatten() for value in run.ema_weights().values()])
     lines = list(read_metrics(opened.directory / "metrics.jsonl"))
     losses, norms = ([line[key] for line in lines] for key in ("train/loss", "train/grad_norm"))
     parts = [[line[key] for key in line if key.startswith("train/grad_norm/")] for line in lines]

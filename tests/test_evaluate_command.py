@@ -103,7 +103,7 @@ def test_figures_of_images_are_those_of_their_pixels(tmp_path: Path) -> None:
 def test_a_model_gives_the_figures_of_the_images_that_it_draws(root: Path) -> None:
     metrics, own = ",".join(METRICS), ["--extractor", "command_extractor:Pixels", "--kid-subset-size", "20"]
     drawing = ["--model", str(root / "tiny"), "--samples", "90", "--seed", "5", "--labels", "random"]
-    drawing += ["--evaluation.sampler.evaluations", "6"]
+    drawing += ["--sampler.nfe", "6"]
     directly, printed = evaluate(root, *drawing, "--metrics", metrics, *own, "--batch", "32")
     sample([*drawing, "--out", str(root / "drawn"), "--launcher", "local", "--batch", "32", "--format", "npz"])
     reference = str(root / "data" / "blots")
@@ -195,7 +195,7 @@ def test_figures_reach_the_mlflow_record_of_the_run(root: Path) -> None:
     [
         ("--images digits.npz --extractor digits", "compare with a reference; add --reference"),
         ("--images digits.npz --seed 3", "--seed has no effect on --images"),
-        ("--images digits.npz --evaluation.sampler.evaluations 9", "--evaluation.sampler.evaluations has no effect"),
+        ("--images digits.npz --sampler.nfe 9", "--sampler.nfe has no effect"),
         ("--images digits.npz --reference digits.npz --metrics fid,fit", "received 'fit'"),
         ("--images digits.npz --reference digits.npz --save-reference x", r"must end in \.safetensors"),
         (

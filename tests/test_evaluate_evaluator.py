@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from eqm_dist.build import build_evaluator, build_model
-from eqm_dist.config import with_overrides
 from eqm_dist.data.loader import ShardReader
 from eqm_dist.data.shards import digits_shards
 from eqm_dist.errors import ConfigError
 from eqm_dist.evaluate.evaluator import Evaluator
+from eqm_dist.options import with_overrides
 from eqm_dist.presets import digits
 from tests.distributed import run_ranks
 
@@ -24,7 +24,7 @@ OVERRIDES = {
     "evaluation.samples": 47,  # neither 2 nor 3 divide it
     "evaluation.batch": 16,
     "evaluation.grid_columns": 3,
-    "evaluation.sampler.evaluations": 5,
+    "sampler.nfe": 5,
 }
 
 
@@ -76,7 +76,7 @@ def test_all_metrics_come_with_the_fid_where_one_process_measures(shards: Path, 
     names = ["fid", "kid", "is", "precision", "recall"]
     options = {
         **OVERRIDES, "evaluation.metrics": names, "evaluation.samples": 1000, "launch.launcher": "local",
-        "evaluation.sampler.evaluations": 1,
+        "sampler.nfe": 1,
     }  # fmt: skip
     config = with_overrides(digits(), options)
     weights = build_model(config).state_dict()

@@ -9,7 +9,7 @@ from eqm_dist.core.corruption import corrupt
 from eqm_dist.core.guidance import blind_to_time
 from eqm_dist.core.ode import Euler
 from eqm_dist.core.samplers import GradientDescent, NesterovGradientDescent
-from eqm_dist.core.sampling import GradientNormStop
+from eqm_dist.core.sampling import GradientNormStop, SamplingMethod
 from eqm_dist.evaluate.generate import Generated, generate
 from eqm_dist.evaluate.labels import balanced_labels
 from eqm_dist.models import SiT
@@ -23,14 +23,22 @@ def pull_to_label(x: Tensor, labels: Tensor) -> Tensor:
     return labels.to(x.dtype)[:, None, None, None] / 10 - x
 
 
-def run(field, indices: Tensor, *, batch: int = 4, seed: int = 3, evaluations: int = 5, **options) -> Generated:
+def run(
+    field,
+    indices: Tensor,
+    *,
+    batch: int = 4,
+    seed: int = 3,
+    nfe: int = 5,
+    stop: GradientNormStop | None = None,
+    **options,
+) -> Generated:
     return generate(
         blind_to_time(field),
         indices=indices,
         labels=balanced_labels(indices, 10),
         latent_shape=SHAPE,
-        sampler=GradientDescent(0.1),
-        evaluations=evaluations,
+        method=SamplingMethod(GradientDescent(0.1), nfe, stop),
         seed=seed,
         decode=IdentityAutoencoder().decode,
         batch=batch,
@@ -109,8 +117,7 @@ def test_no_graph_is_kept():
         indices=torch.arange(2),
         labels=torch.tensor([0, 1]),
         latent_shape=SHAPE,
-        sampler=NesterovGradientDescent(0.01, 0.3),
-        evaluations=3,
+        method=SamplingMethod(NesterovGradientDescent(0.01, 0.3), 3),
         seed=0,
         decode=IdentityAutoencoder().decode,
         batch=2,
@@ -124,7 +131,7 @@ def test_adaptive_compute_changes_no_image_with_batch_or_workers(batch, workers)
     def field(x: Tensor, labels: Tensor) -> Tensor:
         return pull_to_label(x, labels) * (1 + labels[:, None, None, None] % 4)
 
-    indices, options = torch.arange(11), {"evaluations": 60, "stop": GradientNormStop(ratio=0.1)}
+    indices, options = torch.arange(11), {"nfe": 60, "stop": GradientNormStop(ratio=0.1)}
     whole = run(field, indices, batch=11, **options)
     assert whole.nfe.unique().numel() > 2
     assert whole.complete.all()
@@ -142,8 +149,7 @@ def test_starts_may_be_partly_noised_latents_and_the_field_may_know_time():
         indices=torch.tensor([7, 3, 9, 1, 0]),
         labels=torch.arange(5),
         latent_shape=SHAPE,
-        sampler=Euler(),
-        evaluations=8,
+        method=SamplingMethod(Euler(), 8),
         seed=0,
         decode=IdentityAutoencoder().decode,
         batch=2,

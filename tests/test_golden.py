@@ -16,7 +16,7 @@ from eqm_dist.core.energy import EnergyKind, ExplicitEnergy
 from eqm_dist.core.guidance import guided
 from eqm_dist.core.objective import eqm_loss
 from eqm_dist.core.samplers import GradientDescent, NesterovGradientDescent, Sampler
-from eqm_dist.core.sampling import sample
+from eqm_dist.core.sampling import SamplingMethod, sample
 from eqm_dist.models import SiT
 from eqm_dist.train.optimizer import EmaAdamW
 
@@ -87,7 +87,7 @@ def test_training_an_explicit_energy(kind: EnergyKind, model: SiT) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "sampler", "cfg_scale", "evaluations"),
+    ("name", "sampler", "cfg_scale", "nfe"),
     [
         ("gd_250", GradientDescent(0.003), 1.0, 249),
         ("nag_250", NesterovGradientDescent(0.0017, 0.3), 1.0, 249),
@@ -95,11 +95,11 @@ def test_training_an_explicit_energy(kind: EnergyKind, model: SiT) -> None:
         ("gd_cfg4_50", GradientDescent(0.003), 4.0, 49),
     ],
 )
-def test_sampling(name: str, sampler: Sampler, cfg_scale: float, evaluations: int, model: SiT) -> None:
+def test_sampling(name: str, sampler: Sampler, cfg_scale: float, nfe: int, model: SiT) -> None:
     field = guided(model, cfg_scale=cfg_scale, null_label=NULL_LABEL, guided_channels=3)
-    result = sample(lambda x: field(x, LABELS), start=X, sampler=sampler, evaluations=evaluations)
+    result = sample(lambda x: field(x, LABELS), start=X, method=SamplingMethod(sampler, nfe))
     assert_golden(result.samples, name)
-    assert result.nfe.tolist() == [evaluations] * len(X)
+    assert result.nfe.tolist() == [nfe] * len(X)
 
 
 def test_three_updates_of_training(model: SiT) -> None:
@@ -120,11 +120,11 @@ def test_three_updates_of_training(model: SiT) -> None:
         losses.append(loss.detach())
 
     weights = dict(model.named_parameters())
-    averages = {name: optimizer.state[p]["ema_0.9999"] if p.requires_grad else p for name, p in weights.items()}
+    emas = {name: optimizer.state[p]["ema_0.9999"] if p.requires_grad else p for name, p in weights.items()}
     assert_golden(torch.stack(losses), "train3/losses")
     assert_golden(torch.stack([p.norm() for p in weights.values()]), "train3/param_norms")
-    assert_golden(torch.stack([average.norm() for average in averages.values()]), "train3/ema_norms")
-    assert_golden(averages["final_layer.linear.weight"], "train3/ema_final_linear_weight")
+    assert_golden(torch.stack([ema.norm() for ema in emas.values()]), "train3/ema_norms")
+    assert_golden(emas["final_layer.linear.weight"], "train3/ema_final_linear_weight")
     for name, weight in weights.items():
         if weight.requires_grad:
             assert_golden(weight, f"train3/param/{name}")

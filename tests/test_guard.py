@@ -239,7 +239,7 @@ def run_all(rank: int, opened: dict[str, OpenRun]) -> dict[str, tuple[TrainState
         run = build_run(each, CPU)
         run = replace(run, loader=Batches(run.loader, {**BAD, 10: 1e4}))
         train(run)
-        weights = torch.cat([value.flatten() for value in run.averaged_weights().values()])
+        weights = torch.cat([value.flatten() for value in run.ema_weights().values()])
         lines = read_metrics(each.directory / "metrics.jsonl")
         found[name] = run.state, weights, [line.get("train/loss") for line in lines]
     return found

@@ -15,7 +15,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from eqm_dist.config import Config, options
+from eqm_dist.config import Config
+from eqm_dist.options import options
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,7 +55,7 @@ def test_the_readme_use_of_the_numerics_runs_as_it_stands() -> None:
 
 def test_every_command_of_the_readme_exists() -> None:
     code = "\n".join(re.findall(r"```.*?```|`[^`]+`", README, flags=re.DOTALL))
-    keys = {key for key, _ in options(Config)} | {"help", "dry-run", "config", "preset", "launcher"}
+    keys = {option.key for option in options(Config)} | {"help", "dry-run", "config", "preset", "launcher"}
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     asked_targets = set(re.findall(r"\bmake ([a-z-]+)", code))
     scripts = set(re.findall(r"\b(?:pipelines|tuning)/\w+\.py\b", code))

@@ -14,8 +14,8 @@ from PIL import Image
 from eqm_dist.core.energy import ExplicitEnergy
 from eqm_dist.errors import ConfigError
 from eqm_dist.tasks.landscape import (
-    EVALUATIONS,
     METHODS,
+    NFE,
     STEP_SIZE,
     Landscape,
     Method,
@@ -75,36 +75,36 @@ def test_energy_distance_in_closed_form() -> None:
 
 def test_trajectories_are_descent_and_for_flow_matching_steps_through_time() -> None:
     start = torch.tensor([[1.0, -2.0], [0.5, 0.0]])
-    ways = Landscape("eqm", lambda x, labels: -x).trajectories(start)
-    assert torch.equal(ways[0], start)
-    torch.testing.assert_close(ways[-1], start * (1 - STEP_SIZE) ** EVALUATIONS)
+    trajectories = Landscape("eqm", lambda x, labels: -x).trajectories(start)
+    assert torch.equal(trajectories[0], start)
+    torch.testing.assert_close(trajectories[-1], start * (1 - STEP_SIZE) ** NFE)
     # A velocity of gamma: Euler steps at 0, 1/N ... (N - 1)/N add up to (N - 1) / 2N.
-    ways = Landscape("flow_matching", lambda x, labels, gamma: gamma[:, None].expand(-1, 2)).trajectories(start)
-    torch.testing.assert_close(ways[-1] - start, torch.full((2, 2), (EVALUATIONS - 1) / (2 * EVALUATIONS)))
+    trajectories = Landscape("flow_matching", lambda x, labels, gamma: gamma[:, None].expand(-1, 2)).trajectories(start)
+    torch.testing.assert_close(trajectories[-1] - start, torch.full((2, 2), (NFE - 1) / (2 * NFE)))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_training_brings_samples_to_the_data(method: Method) -> None:
     data = toy_data("gaussians", 500, generator(1))
     start = torch.randn(500, 2, generator=generator(2))
-    ways = train(method, "gaussians", 150, seed=0).trajectories(start)
+    trajectories = train(method, "gaussians", 150, seed=0).trajectories(start)
     # After 150 of 2,000 steps: a fifth of the way that noise was from data.
-    assert energy_distance(ways[-1], data) < 0.2 * energy_distance(start, data)
+    assert energy_distance(trajectories[-1], data) < 0.2 * energy_distance(start, data)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_training_is_a_function_of_its_arguments(method: Method) -> None:
     start = torch.randn(5, 2, generator=generator(2))
-    ways = [train(method, "moons", 3, seed=seed).trajectories(start) for seed in (0, 0, 1)]
-    assert torch.equal(ways[0], ways[1])
-    assert not torch.equal(ways[0], ways[2])
+    trajectories = [train(method, "moons", 3, seed=seed).trajectories(start) for seed in (0, 0, 1)]
+    assert torch.equal(trajectories[0], trajectories[1])
+    assert not torch.equal(trajectories[0], trajectories[2])
 
 
 def test_descent_of_an_explicit_energy_never_climbs() -> None:
     landscape = train("eqm_energy", "moons", 100, seed=0)
-    ways = landscape.trajectories(torch.randn(200, 2, generator=generator(3)))
+    trajectories = landscape.trajectories(torch.randn(200, 2, generator=generator(3)))
     with torch.no_grad():
-        energies = torch.stack([landscape.energy(points) for points in ways])
+        energies = torch.stack([landscape.energy(points) for points in trajectories])
     # fp32 keeps 7 digits of energies of the size of one.
     assert (energies.diff(dim=0) <= 1e-5).all()
     assert (energies[-1] < energies[0]).all()

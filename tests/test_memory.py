@@ -26,11 +26,11 @@ def held(rank: int, runs: list[OpenRun]) -> list[tuple[int, int, dict[str, int]]
         pieces = run.engine.fragments()
         states = {piece.state for piece in pieces}
         sizes = {name: sum(storages(each.values for each in pieces if each.state == name).values()) for name in states}
-        found.append((sum(shape.numel() for shape in run.shapes.values()), len(run.shapes), sizes))
+        found.append((sum(shape.numel() for shape in run.engine.shapes.values()), len(run.engine.shapes), sizes))
     return found
 
 
-def test_every_average_costs_four_bytes_a_parameter_over_all_workers(tmp_path: Path) -> None:
+def test_every_ema_costs_four_bytes_a_parameter_over_all_workers(tmp_path: Path) -> None:
     shards = tiny.write_blots(tmp_path / "shards")
     settings = {"launch.launcher": "ray", "optimizer.ema_decays": [0.9, 0.99]}
     runs = [

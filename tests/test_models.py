@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from eqm_dist.config import SIZES
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.models import SiT
-from eqm_dist.models.sizes import SIZES, forward_macs, parameter_count, training_flops_per_image
+from eqm_dist.models.sizes import forward_macs, parameter_count, training_flops_per_image
 
 GOLDEN = Path(__file__).parent / "golden"
 LATENTS: dict[str, Any] = {"input_size": 32, "in_channels": 4}

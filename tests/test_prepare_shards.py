@@ -418,7 +418,7 @@ def test_images_of_ones_own_go_through_prepare_classifier_training_and_fid(kind:
         "[1,28,28]",
         10,
         *evaluated,
-        "--evaluation.sampler.evaluations",
+        "--sampler.nfe",
         "5",
         "--model.patch_size",
         "7",

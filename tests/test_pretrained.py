@@ -11,15 +11,16 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import eqm_dist
-from eqm_dist.config import Config, parse
+from eqm_dist.config import Config
 from eqm_dist.errors import CheckpointError, ConfigError, DataError
 from eqm_dist.export import export
 from eqm_dist.models import SiT
+from eqm_dist.options import parse
 from eqm_dist.pretrained import newest_run
 from pipelines.export import main as export_main
 from tests import tiny
 
-SAMPLER = {"evaluation.sampler": {"name": "gd", "step_size": 0.1, "evaluations": 3}}
+SAMPLER = {"sampler": {"name": "gd", "step_size": 0.1, "nfe": 3}}
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +65,11 @@ def test_an_older_checkpoint_holds_older_weights(root: Path) -> None:
 
 def test_the_sampler_can_be_changed(root: Path) -> None:
     model = eqm_dist.load(root / "tiny")
-    ours = model.sample([0], name="gd", momentum=None, step_size=0.1, evaluations=3)
+    ours = model.sample([0], name="gd", momentum=None, step_size=0.1, nfe=3)
     assert torch.equal(ours, eqm_dist.load(root / "tiny", overrides=_flat(SAMPLER)).sample([0]))
     with pytest.raises(ConfigError, match="momentum has no effect on gd"):
         model.sample([0], name="gd")
-    with pytest.raises(ConfigError, match=r"did you mean evaluation.sampler.evaluations"):
+    with pytest.raises(ConfigError, match=r"did you mean sampler.nfe"):
         model.sample([0], evaluation=3)
 
 
@@ -80,11 +81,11 @@ def test_labels_outside_the_model_are_refused(root: Path) -> None:
 
 @pytest.mark.parametrize("wrap", ["ema", "bare"])
 def test_an_official_checkpoint_loads_with_its_sizes(tmp_path: Path, wrap: str) -> None:
-    average, raw = official_model(1), official_model(2)
-    content: Any = average.state_dict()
+    ema, raw = official_model(1), official_model(2)
+    content: Any = ema.state_dict()
     if wrap == "ema":
         arguments = argparse.Namespace(model="EqM-B/2", num_classes=10)
-        content = {"model": raw.state_dict(), "ema": average.state_dict(), "opt": {}, "args": arguments}
+        content = {"model": raw.state_dict(), "ema": ema.state_dict(), "opt": {}, "args": arguments}
     torch.save(content, tmp_path / "official.pt")
     overrides = {"model.num_heads": 4, **_flat(SAMPLER)}
     model = eqm_dist.load(tmp_path / "official.pt", autoencoder="identity", overrides=overrides)
@@ -92,7 +93,7 @@ def test_an_official_checkpoint_loads_with_its_sizes(tmp_path: Path, wrap: str) 
     assert model.config.data.latent_shape == (4, 8, 8)
     assert model.config.data.num_classes == 10
     x, labels = torch.randn(2, 4, 8, 8), torch.tensor([3, 10])
-    assert torch.equal(model.model(x, labels), average(x, labels))
+    assert torch.equal(model.model(x, labels), ema(x, labels))
     assert model.sample([3]).shape == (1, 8, 8, 4)
     assert not torch.equal(model.sample([3]), model.sample([4]))
 
@@ -106,7 +107,7 @@ def test_an_official_size_tells_its_heads(tmp_path: Path) -> None:
     assert model.config.model.num_heads == 6
     assert model.config.objective.kind == "time_free_flow_matching"
     with pytest.raises(DataError, match="does not say which autoencoder decodes its latents; name it"):
-        model.decoder  # noqa: B018
+        model.autoencoder  # noqa: B018
 
 
 def test_heads_that_cannot_be_known_are_asked_for(tmp_path: Path) -> None:
@@ -139,7 +140,7 @@ def test_other_files_and_places_are_refused(tmp_path: Path, root: Path) -> None:
         eqm_dist.load(root / "data")
 
 
-def test_a_damaged_average_is_refused(root: Path, tmp_path: Path) -> None:
+def test_a_damaged_ema_is_refused(root: Path, tmp_path: Path) -> None:
     import shutil
 
     copy = shutil.copytree(root / "tiny", tmp_path / "tiny")
@@ -179,4 +180,4 @@ def test_an_export_says_what_it_is(root: Path, tmp_path: Path, capsys: pytest.Ca
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
     from eqm_dist.config import flatten
 
-    return {**flatten(values), "evaluation.sampler.momentum": None}
+    return {**flatten(values), "sampler.momentum": None}

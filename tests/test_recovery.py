@@ -56,10 +56,10 @@ def test_elastic_workers_get_the_smallest_share_of_a_gpu(monkeypatch: pytest.Mon
     alive = [{"Alive": at < 3, "Resources": node} for at, node in enumerate(nodes)]
     monkeypatch.setattr(ray, "nodes", lambda: alive)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 108.0, "GPU": 6.0})
-    offered = offer((2, 12), None)
+    offered = offer((2, 12), "auto")
     assert offered == Offer((2, 12), 6, use_gpu=True)
     assert list(offered.sizes) == list(range(2, 13))
-    assert list(offer(6, None).sizes) == [6]
+    assert list(offer(6, "auto").sizes) == [6]
 
 
 # --- what the log says ---

@@ -81,7 +81,7 @@ def test_actors_and_batches_change_nothing(run: Path, tmp_path: Path, monkeypatc
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_killed_command_goes_on_and_the_set_is_the_same(run: Path, tmp_path: Path) -> None:
-    common = ["--model", str(run), "--samples", "500", "--batch", "8", "--evaluation.sampler.evaluations", "200"]
+    common = ["--model", str(run), "--samples", "500", "--batch", "8", "--sampler.nfe", "200"]
     main([*common, "--out", str(tmp_path / "alone"), *LOCAL])
     out = tmp_path / "killed"
     command = [sys.executable, str(SCRIPT), *common, "--out", str(out)]
@@ -130,7 +130,7 @@ def test_labels_are_a_rule_of_the_index() -> None:
 
 
 def test_the_report_and_the_grid(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--samples", "12", "--labels", "2,1", "--format", "npz", "--evaluation.sampler.evaluations", "5"]
+    flags = ["--samples", "12", "--labels", "2,1", "--format", "npz", "--sampler.nfe", "5"]
     main(["--model", str(run), "--out", str(tmp_path / "out"), *flags, *LOCAL])
     report = capsys.readouterr().out
     assert "12 as npz, labels 2,1, seed 0" in report
@@ -149,18 +149,18 @@ def test_adaptive_compute_is_shown_and_trouble_told(
     start = rng.normal(0, rng.Stream.START_NOISE, indices, (1, 4, 4))
     norms = model.field(torch.device("cpu"))(start, indices % 3, torch.zeros(40)).square().mean((1, 2, 3)).sqrt()
     limit = f"{norms.median().item():.4f}"  # half of them stop at once
-    main([*common, "--out", str(tmp_path / "a"), "--evaluation.sampler.stop_norm", limit])
+    main([*common, "--out", str(tmp_path / "a"), "--sampler.stop_norm", limit])
     report = capsys.readouterr().out
     assert "(from " in report
     Image.open(tmp_path / "a" / "nfe.png").verify()
-    main([*common, "--out", str(tmp_path / "b"), "--evaluation.sampler.step_size", "1e30"])
+    main([*common, "--out", str(tmp_path / "b"), "--sampler.step_size", "1e30"])
     assert "40 images, which are blank; use a smaller step size" in capsys.readouterr().out
 
 
 def test_what_cannot_be_drawn_is_said_before_anything_is_written(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match="momentum has no effect on gd"):
-        main(["--model", str(run), "--out", str(out), "--evaluation.sampler.name", "gd", *LOCAL])
+        main(["--model", str(run), "--out", str(out), "--sampler.name", "gd", *LOCAL])
     with pytest.raises(ConfigError, match="must be a whole number of at least 1, got 0"):
         main(["--model", str(run), "--out", str(out), "--samples", "0", *LOCAL])
     with pytest.raises(ConfigError, match="--labels must be"):

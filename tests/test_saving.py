@@ -156,12 +156,12 @@ def test_a_resumed_sharded_run_is_the_uninterrupted_one_bit_for_bit(shards: Path
     ]
     assert curves[0] == curves[1]
     assert [step for step, _ in curves[0]] == list(range(1, 13))
-    # The whole average, which was put together from the files of both ranks, is that of the plain engine's format.
+    # The whole EMA, which was put together from the files of both ranks, is that of the plain engine's format.
     plain = start(tiny.config(tmp_path, shards, **{"run.name": "resumed", "train.steps": 12}))
-    average = safetensors.torch.load_file(newest[0] / EMA_FILE)
-    expected = plain.averaged_weights()
-    assert average.keys() == expected.keys()
-    assert all(torch.equal(average[name], expected[name]) for name in expected)
+    ema = safetensors.torch.load_file(newest[0] / EMA_FILE)
+    expected = plain.ema_weights()
+    assert ema.keys() == expected.keys()
+    assert all(torch.equal(ema[name], expected[name]) for name in expected)
 
 
 def _stop_and_resume(rank: int, opened: list[OpenRun]) -> int:

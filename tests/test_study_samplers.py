@@ -6,7 +6,7 @@ from torch import Tensor
 from benchmarks.study_samplers import SHAPE, spread, stopped, trajectory
 from eqm_dist import rng
 from eqm_dist.core.samplers import GradientDescent, NesterovGradientDescent
-from eqm_dist.core.sampling import GradientNormStop, sample
+from eqm_dist.core.sampling import GradientNormStop, SamplingMethod, sample
 
 
 def pull(x: Tensor, labels: Tensor, time: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def test_one_trajectory_holds_the_samples_of_every_schedule() -> None:
     sampler = NesterovGradientDescent(0.1, 0.3)
     points, _ = zip(*trajectory(pull, sampler, 20, seed=5, samples=300), strict=True)
     for count in (1, 7, 20):
-        expected = sample(lambda x: pull(x, labels, x), start, sampler, count)
+        expected = sample(lambda x: pull(x, labels, x), start, SamplingMethod(sampler, count))
         assert torch.equal(points[count - 1], expected.samples)
 
 
@@ -28,7 +28,9 @@ def test_one_trajectory_holds_the_samples_of_every_stopping_limit() -> None:
     start = rng.normal(5, rng.Stream.START_NOISE, torch.arange(30), SHAPE)
     points, norms = zip(*trajectory(pull, GradientDescent(0.1), 20, seed=5, samples=30), strict=True)
     nfe = stopped(torch.stack(norms) < 0.5)
-    expected = sample(lambda x: pull(x, labels, x), start, GradientDescent(0.1), 20, GradientNormStop(norm=0.5))
+    expected = sample(
+        lambda x: pull(x, labels, x), start, SamplingMethod(GradientDescent(0.1), 20, GradientNormStop(norm=0.5))
+    )
     assert nfe.unique().numel() > 2
     assert torch.equal(nfe, expected.nfe)
     assert torch.equal(torch.stack(points)[nfe - 1, torch.arange(30)], expected.samples)

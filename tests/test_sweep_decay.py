@@ -52,7 +52,7 @@ def flags(root: Path, space: object = GRID, **others: Any) -> list[str]:
         (root / "decay_extractor.py").write_text(EXTRACTOR)
     (root / "space.yaml").write_text(yaml.safe_dump(space))
     config = {"evaluation.every": 2, "evaluation.samples": 12, "evaluation.extractor": "decay_extractor:Pixels",
-              "evaluation.sampler.evaluations": 3}  # fmt: skip
+              "sampler.nfe": 3}  # fmt: skip
     values = tiny.overrides(root / "runs", shards, **config)
     del values["launch.launcher"], values["run.name"]
     return tiny.flags({**values, "space": str(root / "space.yaml"), "out": str(root / "sweep"), **others})
@@ -102,7 +102,7 @@ def test_a_fork_goes_on_as_its_origin_would_have(tmp_path: Path) -> None:
     losses = train("origin")
     fork_run(tmp_path / "origin", 4, tmp_path / "same")
     fork_run(tmp_path / "origin", 4, tmp_path / "other")
-    assert train("same") == losses  # bit for bit: weights, moments, averages and position
+    assert train("same") == losses  # bit for bit: weights, moments, EMAs and position
     other = train("other", **{"objective.decay.gradient_scale": 2.0})
     assert other[:4] == losses[:4]
     assert other[4] < losses[4]  # half the target

@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eqm_dist.config import Config, options
+from eqm_dist.config import Config
 from eqm_dist.errors import ConfigError
+from eqm_dist.options import options
 from eqm_dist.sweeps.spaces import Interval, parse_space, read_space, trial_name
 from eqm_dist.sweeps.tpe import TpeSearch
 
-KEYS = [key for key, _ in options(Config)]
-ETA, MU, NAME, NFE = (f"evaluation.sampler.{key}" for key in ("step_size", "momentum", "name", "evaluations"))
+KEYS = [option.key for option in options(Config)]
+ETA, MU, NAME, NFE = (f"sampler.{key}" for key in ("step_size", "momentum", "name", "nfe"))
 TWO_METHODS = [
     {NAME: "gd", ETA: {"log": [0.001, 0.1], "points": 3}},
     {NAME: "nag", ETA: {"log": ["1e-3", 0.1], "points": 3}, MU: [0.3, 0.6]},
@@ -63,8 +64,8 @@ def test_the_name_of_a_trial_does_not_depend_on_the_order_of_its_keys() -> None:
     ("values", "message"),
     [
         (
-            {"evaluation.sampler.stepsize": [1]},
-            r"stepsize is not an option .*did you mean evaluation.sampler.step_size",
+            {"sampler.stepsize": [1]},
+            r"stepsize is not an option .*did you mean sampler.step_size",
         ),
         ({"train.steps": [1]}, "train.steps cannot be an axis of this sweep"),
         ({ETA: {"log": [0, 1], "points": 3}}, "must be a value, a list of choices, or an interval"),
@@ -77,7 +78,7 @@ def test_the_name_of_a_trial_does_not_depend_on_the_order_of_its_keys() -> None:
     ],
 )
 def test_what_is_no_space_is_refused(values: object, message: str) -> None:
-    sampler = [key for key in KEYS if key.startswith("evaluation.sampler.")]
+    sampler = [key for key in KEYS if key.startswith("sampler.")]
     with pytest.raises(ConfigError, match=message):
         parse_space(values, sampler, "test")
 

@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 from eqm_dist.core.samplers import NesterovGradientDescent
+from eqm_dist.core.sampling import SamplingMethod
 from eqm_dist.errors import ConfigError
 from eqm_dist.evaluate.generate import generate, generate_along
 from eqm_dist.sweeps.results import Ledger, Result, pareto_front, ranked, survivors, table
@@ -36,15 +37,15 @@ class Pixels(torch.nn.Module):
 """
 SPACE = [
     {
-        "evaluation.sampler.name": "gd",
-        "evaluation.sampler.step_size": [0.02, 0.1],
-        "evaluation.sampler.evaluations": [2, 5],
+        "sampler.name": "gd",
+        "sampler.step_size": [0.02, 0.1],
+        "sampler.nfe": [2, 5],
     },
     {
-        "evaluation.sampler.name": "nag",
-        "evaluation.sampler.momentum": [0.3, 0.6],
-        "evaluation.sampler.step_size": [0.02, 0.1],
-        "evaluation.sampler.evaluations": [2, 5],
+        "sampler.name": "nag",
+        "sampler.momentum": [0.3, 0.6],
+        "sampler.step_size": [0.02, 0.1],
+        "sampler.nfe": [2, 5],
     },
 ]
 TRIALS = 12
@@ -85,16 +86,16 @@ def rows(out: Path) -> list[dict[str, str]]:
 def test_points_of_one_descent_are_those_of_descents_of_their_own() -> None:
     sampler = NesterovGradientDescent(step_size=0.1, momentum=0.5)
     common = {"indices": torch.arange(7), "labels": torch.arange(7) % 3, "latent_shape": (1, 4, 4), "seed": 3,
-              "decode": lambda latents: latents.permute(0, 2, 3, 1), "sampler": sampler}  # fmt: skip
+              "decode": lambda latents: latents.permute(0, 2, 3, 1)}  # fmt: skip
 
     def field(x: torch.Tensor, labels: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         return labels[:, None, None, None] - x.tanh()
 
-    along = list(generate_along(field, evaluations=(1, 4, 9), **common))
-    for evaluations, point in zip((1, 4, 9), along, strict=True):
-        alone = generate(field, evaluations=evaluations, batch=7, **common)
+    along = list(generate_along(field, sampler=sampler, nfe=(1, 4, 9), **common))
+    for nfe, point in zip((1, 4, 9), along, strict=True):
+        alone = generate(field, method=SamplingMethod(sampler, nfe), batch=7, **common)
         torch.testing.assert_close(point.images, alone.images, rtol=0, atol=0)
-        assert point.nfe.tolist() == alone.nfe.tolist() == [evaluations] * 7
+        assert point.nfe.tolist() == alone.nfe.tolist() == [nfe] * 7
 
 
 def test_its_figures_are_those_of_evaluate_and_best_yaml_gives_them_again(
@@ -116,7 +117,7 @@ def test_its_figures_are_those_of_evaluate_and_best_yaml_gives_them_again(
     record = json.loads((tmp_path / "records").read_text())
     # Statistics that were added rung by rung against those of one go: another order of float64 sums.
     assert record["value"] == pytest.approx(float(best["fid"]), rel=1e-6)
-    assert record["sampler"] == yaml.safe_load((out / "best.yaml").read_text())["evaluation"]["sampler"]
+    assert record["sampler"] == yaml.safe_load((out / "best.yaml").read_text())["sampler"]
     sample(["--model", str(run), "--config", str(out / "best.yaml"), "--samples", "3", "--launcher", "local",
             "--out", str(tmp_path / "images")])  # fmt: skip
     trained = tiny.train("--config", str(out / "best.yaml"), "--dry-run")
@@ -148,8 +149,8 @@ def test_the_same_command_measures_nothing_twice(run: Path, tmp_path: Path) -> N
 def test_a_trial_that_fails_says_why_and_stops_nothing(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    space = {"evaluation.sampler.name": "gd", "evaluation.sampler.step_size": [0.02, 1e30],
-             "evaluation.sampler.evaluations": [3]}  # fmt: skip
+    space = {"sampler.name": "gd", "sampler.step_size": [0.02, 1e30],
+             "sampler.nfe": [3]}  # fmt: skip
     main(flags(run, tmp_path / "sweep", space))
     assert "failed: step_size 1e+30: it diverges: 16 images of 16 are not finite numbers" in capsys.readouterr().out
     good, bad = rows(tmp_path / "sweep")
@@ -195,7 +196,7 @@ def test_mlflow_has_a_parent_and_a_child_for_each_trial(run: Path, tmp_path: Pat
         line = last[child.data.tags["eqm_dist.trial"]]
         assert child.data.metrics["eval/fid"] == float(line["fid"])
         assert child.data.metrics["eval/samples"] == float(line["samples"])
-        assert child.data.params["evaluation.sampler.step_size"] == line["evaluation.sampler.step_size"]
+        assert child.data.params["sampler.step_size"] == line["sampler.step_size"]
         assert child.info.status == "FINISHED"
     history = client.get_metric_history(children[0].info.run_id, "eval/fid")
     assert [point.step for point in history] == sorted({point.step for point in history})
@@ -208,11 +209,11 @@ def test_mlflow_has_a_parent_and_a_child_for_each_trial(run: Path, tmp_path: Pat
 
 def test_what_cannot_be_is_said_before_anything_is_written(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
-    eta = "evaluation.sampler.step_size"
+    eta = "sampler.step_size"
     for space, message in (
-        ({"evaluation.sampler.stepsize": [1]}, "did you mean evaluation.sampler.step_size"),
+        ({"sampler.stepsize": [1]}, "did you mean sampler.step_size"),
         ({"train.steps": [1]}, "train.steps is not an option|train.steps cannot be an axis"),
-        ({"evaluation.sampler.name": "gd", "evaluation.sampler.momentum": [0.3]}, "momentum has no effect on gd"),
+        ({"sampler.name": "gd", "sampler.momentum": [0.3]}, "momentum has no effect on gd"),
         ({eta: [0.1, -1]}, "step_size: should be greater than 0, got -1"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -225,7 +226,7 @@ def test_what_cannot_be_is_said_before_anything_is_written(run: Path, tmp_path: 
 
 
 def test_another_sweep_in_the_same_directory_is_refused(run: Path, tmp_path: Path) -> None:
-    space = {"evaluation.sampler.name": "gd", "evaluation.sampler.evaluations": [2, 3]}
+    space = {"sampler.name": "gd", "sampler.nfe": [2, 3]}
     main(flags(run, tmp_path / "sweep", space))
     with pytest.raises(ConfigError, match=r"seed was 0 when the sweep in .* began and is now 1"):
         main(flags(run, tmp_path / "sweep", space, seed=1))
@@ -243,7 +244,7 @@ def test_a_dry_run_writes_nothing(run: Path, tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on(run: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "killed"
-    space = [{**part, "evaluation.sampler.evaluations": [400, 401, 402]} for part in SPACE]
+    space = [{**part, "sampler.nfe": [400, 401, 402]} for part in SPACE]
     main(flags(run, whole, space))
     command = [sys.executable, str(SCRIPT), *flags(run, out, space, launcher="ray", actors=2)]
     environment = {
@@ -269,7 +270,7 @@ def test_a_killed_sweep_goes_on(run: Path, tmp_path: Path) -> None:
 
 
 def result(fid: float | None, nfe: float, samples: int = 10) -> Result:
-    point = {"evaluation.sampler.step_size": fid, "evaluation.sampler.evaluations": nfe}
+    point = {"sampler.step_size": fid, "sampler.nfe": nfe}
     return Result(point, samples, fid, None if fid is None else nfe, 1.0, None if fid is not None else "why")
 
 
@@ -279,7 +280,7 @@ def test_ranking_puts_the_better_known_first_and_failures_last() -> None:
     assert ranked([poor, failed, fair, longer, good]) == [longer, good, fair, failed]
     text = table(ranked([poor, failed, fair, longer, good]), list(poor.overrides), rows=2)
     assert "... and 1 more in results.csv" in text
-    assert "failed: step_size None, evaluations 9: why" in text
+    assert "failed: step_size None, nfe 9: why" in text
 
 
 def test_survivors_are_the_best_and_the_pareto_front() -> None:

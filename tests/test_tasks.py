@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eqm_dist.core.guidance import blind_to_time
 from eqm_dist.core.samplers import GradientDescent
+from eqm_dist.core.sampling import SamplingMethod
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.generate import generate
 from eqm_dist.tasks.compose import composed, share_of_both
@@ -31,8 +32,9 @@ def test_descent_to_known_points_restores_them_by_its_own_rate() -> None:
     def draw(starts: Tensor, gamma: float) -> object:
         return generate(
             blind_to_time(lambda x, labels: points[labels] - x),
-            indices=torch.arange(5), labels=torch.arange(5), latent_shape=(1, 4, 4), sampler=GradientDescent(0.1),
-            evaluations=20, seed=0, decode=to_bytes, batch=2, start=lambda rows: starts[rows],
+            indices=torch.arange(5), labels=torch.arange(5), latent_shape=(1, 4, 4),
+            method=SamplingMethod(GradientDescent(0.1), 20), seed=0, decode=to_bytes, batch=2,
+            start=lambda rows: starts[rows],
         )  # fmt: skip
 
     results = restore(draw, to_bytes, points, [1.0, 0.5, 0.0], seed=0)  # pyright: ignore[reportArgumentType]

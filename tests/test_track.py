@@ -21,10 +21,12 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from eqm_dist.config import Config, dump, flatten, parse
+from eqm_dist.config import Config
 from eqm_dist.errors import TrackingError
+from eqm_dist.options import dump, flatten, parse
+from eqm_dist.run_directory import MLFLOW_FILE
 from eqm_dist.track.jsonl import JsonlTracker, last_values, read_metrics
-from eqm_dist.track.mlflow import ID_FILE, MlflowRun, MlflowTracker, close_run, default_uri, open_run
+from eqm_dist.track.mlflow import MlflowRun, MlflowTracker, close_run, default_uri, open_run
 from eqm_dist.track.result import read_result
 from tests import tiny
 
@@ -125,7 +127,7 @@ def recorded_flags(root: Path, **others: Any) -> list[str]:
             "checkpoint.every": 2,
             "evaluation.every": 2,
             "evaluation.samples": 20,
-            "evaluation.sampler.evaluations": 2,
+            "sampler.nfe": 2,
             "launch.launcher": "local",
             **others,
         }
@@ -142,7 +144,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_id(root: Path, name: str = "recorded") -> str:
-    return json.loads((root / name / ID_FILE).read_bytes())["run_id"]
+    return json.loads((root / name / MLFLOW_FILE).read_bytes())["run_id"]
 
 
 def client(root: Path) -> MlflowClient:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import eqm_dist.train.meters as meters_module
 from eqm_dist.build import OpenRun, build_run, plan_batch
-from eqm_dist.config import Config, with_overrides
+from eqm_dist.config import Config
 from eqm_dist.core.decay import TruncatedDecay
 from eqm_dist.core.objective import eqm_loss
 from eqm_dist.data.loader import Batch
@@ -25,6 +25,7 @@ from eqm_dist.data.shards import write_shards
 from eqm_dist.errors import ConfigError, NonFiniteLossError
 from eqm_dist.models import SiT
 from eqm_dist.open_run import open_run
+from eqm_dist.options import with_overrides
 from eqm_dist.presets import digits
 from eqm_dist.track.jsonl import read_metrics
 from eqm_dist.train.grad_norms import group_of
@@ -32,7 +33,7 @@ from eqm_dist.train.loop import train
 from eqm_dist.train.meters import Meters
 from eqm_dist.train.optimizer import EmaAdamW, ema_key
 from eqm_dist.train.schedule import LearningRateSchedule
-from eqm_dist.train.step import TrainingStep
+from eqm_dist.train.step import BatchLoss
 from tests import tiny
 from tests.distributed import run_ranks
 
@@ -72,13 +73,13 @@ def test_weights_are_those_of_torch_adamw(dtype: torch.dtype) -> None:
         for optimizer, params in optimizers:
             update(optimizer, params, step)
     for mine, same, other, start in zip(ours, theirs, plain, parameters(dtype), strict=True):
-        assert torch.equal(mine, same)  # the averages leave the update alone
+        assert torch.equal(mine, same)  # the EMAs leave the update alone
         # The unfused update rounds in another order: a few ulp a step, twenty steps.
         torch.testing.assert_close(mine, other, rtol=200 * torch.finfo(dtype).eps, atol=200 * torch.finfo(dtype).eps)
         assert (mine - start).abs().max() > 0.1
 
 
-def test_averages_have_their_closed_form() -> None:
+def test_emas_have_their_closed_form() -> None:
     decays, steps = (0.0, 0.9, 0.999), 25
     params = parameters()
     optimizer = EmaAdamW(params, **SETTINGS, ema_decays=decays)
@@ -115,7 +116,7 @@ def test_state_is_made_once_and_starts_at_the_weights() -> None:
     assert not torch.equal(optimizer.state[params[0]]["ema_0.9"], optimizer.state[params[0]]["ema_0.99"])
 
 
-def test_a_parameter_without_a_gradient_keeps_weight_and_average() -> None:
+def test_a_parameter_without_a_gradient_keeps_weight_and_ema() -> None:
     params = parameters()
     optimizer = EmaAdamW(params, **SETTINGS, ema_decays=(0.5,))
     update(optimizer, params, 0)
@@ -307,7 +308,7 @@ def test_no_worker_and_no_micro_batch_cuts_a_group_of_the_dispersive_loss(
 DRAWS = 20_000
 
 
-def draws(step: TrainingStep, batch: Batch) -> dict[str, Tensor]:
+def draws(step: BatchLoss, batch: Batch) -> dict[str, Tensor]:
     """What a training step hands to its objective."""
     handed: dict[str, Tensor] = {}
 
@@ -319,7 +320,7 @@ def draws(step: TrainingStep, batch: Batch) -> dict[str, Tensor]:
     return handed
 
 
-def training_step(**changes: Any) -> TrainingStep:
+def training_step(**changes: Any) -> BatchLoss:
     settings: dict[str, Any] = {
         "loss": partial(eqm_loss, decay=TruncatedDecay()),
         "seed": 5,
@@ -329,7 +330,7 @@ def training_step(**changes: Any) -> TrainingStep:
         "null_label": 10,
         "flip": True,
     }
-    return TrainingStep(**{**settings, **changes})
+    return BatchLoss(**{**settings, **changes})
 
 
 def random_batch(size: int, first_position: int = 0) -> Batch:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eqm_dist import cli
-from eqm_dist.config import with_overrides
 from eqm_dist.errors import ConfigError
 from eqm_dist.logs import setup_logging
+from eqm_dist.options import required, with_overrides
 
 SPACE = Path(__file__).with_name("decay.yaml")
 TRIALS = 16
@@ -57,7 +57,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--hours", type=cli.hours, metavar="H", help="no longer than that (default: no limit)")
     parser.add_argument("--cpus-per-trial", type=cli.count, default=1, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
-        "--gpus-per-trial", type=cli.share, metavar="N", help="may be a fraction (default: 1 where there are GPUs)"
+        "--gpus-per-trial",
+        type=cli.non_negative,
+        metavar="N",
+        help="may be a fraction (default: 1 where there are GPUs)",
     )
     parser.add_argument("--out", metavar="DIR", help="where the results go (default: sweeps/decay)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, train nothing")
@@ -73,7 +76,7 @@ def main(arguments: Sequence[str]) -> None:
 
     import torch
 
-    from eqm_dist.sweeps.results import sweep_directory
+    from eqm_dist.runs import sweep_directory
     from eqm_dist.sweeps.spaces import read_space
     from eqm_dist.sweeps.trainings import AXES, Plan, check, describe, sweep
 
@@ -83,12 +86,13 @@ def main(arguments: Sequence[str]) -> None:
         given = [key for key in keys if getattr(options, key) is not None]
         if given:
             raise ConfigError(f"{given[0]} has no effect on trials that are one process; add --launcher ray.")
-        config = with_overrides(config, {**dict.fromkeys(keys), "launch.launcher": "local"})
+        config = with_overrides(config, {"launch.launcher": "local"})
     else:
-        workers = config.launch.workers or max(1, int(gpus))
+        workers, cpus = config.launch.workers, config.launch.cpus_per_worker
         if isinstance(workers, tuple):
             raise ConfigError(f"launch.workers must be one number in a sweep, got {list(workers)}; give a number.")
-        cpus = config.launch.cpus_per_worker or max(1, options.cpus_per_trial // workers)
+        workers = max(1, int(gpus)) if workers == "auto" else required(workers)
+        cpus = max(1, options.cpus_per_trial // workers) if cpus == "auto" else cpus
         config = with_overrides(config, {"launch.workers": workers, "launch.cpus_per_worker": cpus})
     population = options.search == "pbt"
     plan = Plan(

@@ -1,4 +1,4 @@
-"""Find the step size, momentum and number of evaluations that draw the best images from a trained model.
+"""Find the step size, momentum and NFE that draw the best images from a trained model.
 
 python tuning/sweep_stepsize.py              the newest run in runs/, the space of tuning/stepsize.yaml
 python tuning/sweep_stepsize.py --dry-run    the plan and what it will cost
@@ -71,8 +71,8 @@ def main(arguments: Sequence[str]) -> None:
 
     from eqm_dist.launch.evaluation import Judge, reference_of
     from eqm_dist.pretrained import load, newest_run
+    from eqm_dist.runs import sweep_directory
     from eqm_dist.sweeps.plan import AXES, Plan
-    from eqm_dist.sweeps.results import sweep_directory
     from eqm_dist.sweeps.spaces import read_space
     from eqm_dist.sweeps.stepsize import check, describe, sweep
 

@@ -22,6 +22,7 @@ from cluster.lab.table import render
 from cluster.lab.watched_run import REPOSITORY, Seen, WatchedRun
 from eqm_dist import cli
 from eqm_dist.errors import EqmDistError, LaunchError
+from eqm_dist.run_directory import CHECKPOINTS, step_name
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "chaos.json"
 SOON = 100
@@ -120,7 +121,7 @@ def play(name: str, scenario: Scenario, reference: WatchedRun) -> dict[str, Any]
         raise LaunchError(f"{name} had nothing to strike: {problems[0]}")
     apart = loss_differences(run.losses(), reference.losses(), scenario.steps)
     if scenario.same_workers:
-        apart["average"] = average_difference(run.directory, reference.directory, scenario.steps)
+        apart["ema"] = ema_difference(run.directory, reference.directory, scenario.steps)
     for what, by in apart.items():
         allowed = 0.0 if scenario.same_workers else TOLERANCES[what]
         if by is None:
@@ -204,11 +205,11 @@ def loss_differences(
     return {"losses soon after": max(by[first : first + SOON]), "losses": max(by)}
 
 
-def average_difference(directory: Path, reference: Path, step: int) -> float | None:
-    """Largest difference of an averaged weight after a step; None without a checkpoint."""
+def ema_difference(directory: Path, reference: Path, step: int) -> float | None:
+    """Largest difference of an EMA weight after a step; None without a checkpoint."""
     from safetensors.numpy import load_file
 
-    files = [place / "checkpoints" / f"step_{step:08d}" / "ema.safetensors" for place in (directory, reference)]
+    files = [place / CHECKPOINTS / step_name(step) / "ema.safetensors" for place in (directory, reference)]
     if not all(file.exists() for file in files):
         return None
     weights, expected = map(load_file, files)

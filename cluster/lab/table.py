@@ -9,7 +9,7 @@ HEADER = (
     "what happened",
     "to the next step",
     "steps done again",
-    "losses, averaged weights",
+    "losses, EMA weights",
     "MLflow",
     "what the user read",
 )

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from cluster.lab import layout
 from eqm_dist.errors import LaunchError
+from eqm_dist.run_directory import METRICS_FILE
 from eqm_dist.track.jsonl import last_values, read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
@@ -104,12 +105,12 @@ class WatchedRun:
 
     def losses(self) -> dict[int, float]:
         """The loss by step, as the record has it now."""
-        lines = read_metrics(self.directory / "metrics.jsonl")
+        lines = read_metrics(self.directory / METRICS_FILE)
         return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
     def counters(self) -> dict[str, float]:
         """What the run itself has counted: restarts, lost steps, goodput."""
-        values = last_values(self.directory / "metrics.jsonl")
+        values = last_values(self.directory / METRICS_FILE)
         return {name: value for name, value in values.items() if name.startswith("run/")}
 
     def told(self) -> list[str]:
@@ -120,7 +121,7 @@ class WatchedRun:
         return [line for line in lines if ours.match(line) and not ordinary.match(line)]
 
     def _watch(self) -> None:
-        file, inode, size = self.directory / "metrics.jsonl", 0, -1
+        file, inode, size = self.directory / METRICS_FILE, 0, -1
         attempt = 0
         while not self._ended.wait(POLL_S):
             with suppress(FileNotFoundError):

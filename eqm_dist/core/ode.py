@@ -40,16 +40,16 @@ class _FixedStep:
     def __post_init__(self) -> None:
         _require_positive(self.horizon, "horizon")
 
-    def start(self, x: Tensor, evaluations: int, start_time: float) -> State:
+    def start(self, x: Tensor, nfe: int, start_time: float) -> State:
         _require_time(start_time)
         stages = len(self.tableau.nodes)
-        if evaluations % stages:
+        if nfe % stages:
             raise ConfigError(
-                f"evaluations must be a multiple of {stages}, the evaluations of one step, got {evaluations};"
-                f" use {evaluations + stages - evaluations % stages}."
+                f"nfe must be a multiple of {stages}, the NFE of one step, got {nfe};"
+                f" use {nfe + stages - nfe % stages}."
             )
         time, stage, slopes = _first_state(self.tableau, x, start_time)
-        return time, torch.full_like(time, (1 - start_time) * stages / evaluations), stage, slopes
+        return time, torch.full_like(time, (1 - start_time) * stages / nfe), stage, slopes
 
     def look(self, x: Tensor, state: State, progress: Tensor) -> tuple[Tensor, Tensor]:
         return _look(self.tableau, self.horizon, x, state)
@@ -103,7 +103,7 @@ class Dopri5:
     """The method of Dormand and Prince, of order 5, each sample with steps as long as its own error allows.
 
     A step is repeated with a shorter length where the root mean square of error / (atol + rtol * |x|) exceeds 1. The
-    first evaluation aside, a step costs six. ``evaluations`` is a limit: a sample that meets it has not arrived.
+    first evaluation aside, a step costs six. ``nfe`` is a limit: a sample that meets it has not arrived.
     """
 
     horizon: float = 1.0
@@ -114,7 +114,7 @@ class Dopri5:
         for name in ("horizon", "rtol", "atol"):
             _require_positive(getattr(self, name), name)
 
-    def start(self, x: Tensor, evaluations: int, start_time: float) -> State:
+    def start(self, x: Tensor, nfe: int, start_time: float) -> State:
         _require_time(start_time)
         time, stage, slopes = _first_state(DORMAND_PRINCE, x, start_time)
         return time, torch.zeros_like(time), stage, slopes

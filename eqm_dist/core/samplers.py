@@ -28,7 +28,7 @@ State = tuple[Tensor, ...]
 class Sampler(Protocol):
     """A way from a start to a sample, one evaluation of the field at a time."""
 
-    def start(self, x: Tensor, evaluations: int, start_time: float) -> State:
+    def start(self, x: Tensor, nfe: int, start_time: float) -> State:
         """The state before the first evaluation.
 
         Args:
@@ -147,7 +147,7 @@ class GradientDescent:
     def __post_init__(self) -> None:
         _require_step_size(self.step_size)
 
-    def start(self, x: Tensor, evaluations: int, start_time: float) -> State:
+    def start(self, x: Tensor, nfe: int, start_time: float) -> State:
         _require_no_time(start_time)
         return self.policy.start(x)
 
@@ -175,7 +175,7 @@ class NesterovGradientDescent:
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"momentum must lie in [0, 1), got {self.momentum}; the paper uses 0.3.")
 
-    def start(self, x: Tensor, evaluations: int, start_time: float) -> State:
+    def start(self, x: Tensor, nfe: int, start_time: float) -> State:
         _require_no_time(start_time)
         return torch.zeros_like(x), *self.policy.start(x)
 
@@ -200,7 +200,7 @@ class Adam:
     def __post_init__(self) -> None:
         _require_step_size(self.step_size)
 
-    def start(self, x: Tensor, evaluations: int, start_time: float) -> State:
+    def start(self, x: Tensor, nfe: int, start_time: float) -> State:
         _require_no_time(start_time)
         steps = torch.zeros(len(x), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
         return steps, torch.zeros_like(x), torch.zeros_like(x)

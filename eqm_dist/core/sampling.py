@@ -46,9 +46,9 @@ class GradientNormStop:
 
 @dataclass(frozen=True)
 class SampleResult:
-    """Samples [B, ...], the number of evaluations of the field that each took, ``nfe`` [B] int64, and ``complete`` [B].
+    """Samples [B, ...], the evaluations of the field that each took, ``nfe`` [B] int64, and ``complete`` [B].
 
-    A sample is not complete where the limit of evaluations cut it off before the stopping rule or the end of time.
+    A sample is not complete where the limit of its NFE cut it off before the stopping rule or the end of time.
     """
 
     samples: Tensor
@@ -66,12 +66,31 @@ class Ended:
     complete: Tensor
 
 
-def sample(
-    field: Field, start: Tensor, sampler: Sampler, evaluations: int, stop: GradientNormStop | None = None
-) -> SampleResult:
-    """Follow the field from ``start`` for a number of evaluations.
+@dataclass(frozen=True)
+class SamplingMethod:
+    """How samples are drawn from a field.
 
-    The official "250 steps" are 249 evaluations. A guided field counts once, though its model sees two batches.
+    Attributes:
+        sampler: the way from a start to a sample.
+        nfe: evaluations of the field (NFE), at least 1: the most that a sample may take. The official "250 steps" are
+            249 of them. A guided field counts once, though its model sees two batches.
+        stop: lets each sample stop earlier.
+
+    Raises:
+        ConfigError: nfe is less than 1.
+    """
+
+    sampler: Sampler
+    nfe: int
+    stop: GradientNormStop | None = None
+
+    def __post_init__(self) -> None:
+        if self.nfe < 1:
+            raise ConfigError(f"nfe must be at least 1, got {self.nfe}.")
+
+
+def sample(field: Field, start: Tensor, method: SamplingMethod) -> SampleResult:
+    """Follow the field from ``start``.
 
     The field always sees the whole batch, also where some samples have ended before others: ``sample_queue`` is what
     saves their compute, and what a field that depends on time needs.
@@ -79,12 +98,10 @@ def sample(
     Args:
         field: x [B, ...] -> field [B, ...], pointing downhill.
         start: [B, ...]: noise, or a partly noised sample; left as it is.
-        sampler: the method.
-        evaluations: at least 1; the most that a sample may take.
-        stop: lets each sample stop earlier.
+        method: how.
 
     Raises:
-        ConfigError: evaluations is less than 1, or the sampler cannot use that number.
+        ConfigError: the sampler cannot use this NFE.
     """
 
     def of_rows(x: Tensor, rows: Tensor, time: Tensor) -> Tensor:
@@ -95,7 +112,7 @@ def sample(
         return field(whole)[rows]
 
     rows = torch.arange(len(start), device=start.device)
-    queue = sample_queue(of_rows, start.__getitem__, rows, sampler, evaluations, slots=max(1, len(start)), stop=stop)
+    queue = sample_queue(of_rows, start.__getitem__, rows, method, slots=max(1, len(start)))
     return in_order(list(queue))
 
 
@@ -112,11 +129,9 @@ def sample_queue(
     field: QueueField,
     start: Callable[[Tensor], Tensor],
     rows: Tensor,
-    sampler: Sampler,
-    evaluations: int,
+    method: SamplingMethod,
     *,
     slots: int,
-    stop: GradientNormStop | None = None,
     start_time: float = 0.0,
 ) -> Iterator[Ended]:
     """Follow the field from many starts, so many at a time; where a sample ends, the next in the queue takes its slot.
@@ -128,34 +143,32 @@ def sample_queue(
         field: (x [b, ...], rows [b], time [b]) -> field [b, ...], pointing downhill, for any b of the rows.
         start: rows [b] -> [b, ...], called once for each row.
         rows: [n] int64, the queue, in its order; on the device of the work.
-        sampler: the method.
-        evaluations: at least 1; the most that a sample may take.
+        method: how.
         slots: samples under way at once.
-        stop: lets each sample stop earlier.
         start_time: where on the way from 0 to 1 the starts lie, for integrators: the gamma of partly noised samples.
 
     Yields:
         Samples as they end. Without rows, one part without samples.
 
     Raises:
-        ConfigError: evaluations or slots is less than 1, or the sampler cannot use these numbers.
+        ConfigError: slots is less than 1, or the sampler cannot use these numbers.
     """
-    for name, value in (("evaluations", evaluations), ("slots", slots)):
-        if value < 1:
-            raise ConfigError(f"{name} must be at least 1, got {value}.")
+    if slots < 1:
+        raise ConfigError(f"slots must be at least 1, got {slots}.")
 
     def begin(joining: Tensor) -> _Batch:
         x = start(joining)
         first_norm = torch.zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         nfe = torch.zeros(len(x), dtype=torch.int64)
-        return _Batch(x, joining, nfe, first_norm, sampler.start(x, evaluations, start_time))
+        return _Batch(x, joining, nfe, first_norm, method.sampler.start(x, method.nfe, start_time))
 
     batch, taken = begin(rows[:slots]), slots
     if not len(rows):
         yield Ended(rows, batch.x, rows, rows.bool())
     while len(batch.nfe):
-        batch, over = _evaluate(batch, field, sampler, evaluations, stop)
-        leaving = batch.nfe == evaluations if over is None else over | (batch.nfe == evaluations)
+        batch, over = _evaluate(batch, field, method)
+        spent = batch.nfe == method.nfe
+        leaving = spent if over is None else over | spent
         if not leaving.any():
             continue
         gone = batch.only(leaving)
@@ -195,18 +208,16 @@ class _Batch:
         )
 
 
-def _evaluate(
-    batch: _Batch, field: QueueField, sampler: Sampler, evaluations: int, stop: GradientNormStop | None
-) -> tuple[_Batch, Tensor | None]:
+def _evaluate(batch: _Batch, field: QueueField, method: SamplingMethod) -> tuple[_Batch, Tensor | None]:
     """The batch after one evaluation, and which samples [b] are over; None where only their number decides."""
-    progress = (batch.nfe.to(batch.first_norm.dtype) / evaluations).to(batch.x.device)
-    point, time = sampler.look(batch.x, batch.state, progress)
+    progress = (batch.nfe.to(batch.first_norm.dtype) / method.nfe).to(batch.x.device)
+    point, time = method.sampler.look(batch.x, batch.state, progress)
     value = field(point, batch.rows, time)
-    x, state, over = sampler.move(batch.x, batch.state, value, progress)
+    x, state, over = method.sampler.move(batch.x, batch.state, value, progress)
     first_norm = batch.first_norm
-    if stop is not None:
+    if method.stop is not None:
         norm = field_norm(value)
         first_norm = torch.where(progress == 0, norm, first_norm)
-        below = stop.below(norm, first_norm)
+        below = method.stop.below(norm, first_norm)
         over = below if over is None else over | below
     return _Batch(x, batch.rows, batch.nfe + 1, first_norm, state), None if over is None else over.cpu()

@@ -18,7 +18,7 @@ from eqm_dist.data.cache import FileCache
 from eqm_dist.data.index import map_index, read_index
 from eqm_dist.data.manifest import check_bytes, check_checksum, check_size, read_manifest
 from eqm_dist.data.order import MixedOrder, SampleOrder, rank_range
-from eqm_dist.data.storage import DEADLINE_S, is_remote, open_folder, storage_errors
+from eqm_dist.data.storage import is_remote, open_folder, storage_errors
 from eqm_dist.errors import DataError
 
 OPEN_SHARDS = 256
@@ -74,7 +74,7 @@ class ShardReader:
         *,
         verify_checksums: bool = True,
         cache: FileCache | None = None,
-        deadline_s: float = DEADLINE_S,
+        deadline_s: float | None = None,
     ) -> None:
         self._folder = open_folder(location, deadline_s=deadline_s)
         self.remote = is_remote(location)

@@ -156,7 +156,7 @@ class Folder(Protocol):
         ...
 
 
-def open_folder(location: str | Path, *, deadline_s: float = DEADLINE_S) -> Folder:
+def open_folder(location: str | Path, *, deadline_s: float | None = None) -> Folder:
     """The local directory or s3:// prefix that ``location`` names; it need not exist.
 
     Args:
@@ -167,7 +167,11 @@ def open_folder(location: str | Path, *, deadline_s: float = DEADLINE_S) -> Fold
         DataError: any other kind of URL. ``pipe:`` URLs stay refused for good: they run a shell.
         StorageError: S3 is not configured.
     """
-    return S3Folder(str(location), deadline_s) if is_remote(location) else LocalFolder(location)
+    return (
+        S3Folder(str(location), DEADLINE_S if deadline_s is None else deadline_s)
+        if is_remote(location)
+        else LocalFolder(location)
+    )
 
 
 def open_whole(folder: Folder, name: str) -> BinaryIO:

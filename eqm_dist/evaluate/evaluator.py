@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eqm_dist.core.guidance import TimedField
-from eqm_dist.core.samplers import Sampler
-from eqm_dist.core.sampling import GradientNormStop
+from eqm_dist.core.sampling import SamplingMethod
 from eqm_dist.data.order import rank_range
 from eqm_dist.data.storage import storage_errors
 from eqm_dist.evaluate.figures import nfe_histogram
@@ -22,6 +21,7 @@ from eqm_dist.evaluate.metrics import FeatureMoments, feature_moments, frechet_d
 from eqm_dist.evaluate.references import cached_statistics
 from eqm_dist.evaluate.statistics import FEATURES, ImageStatistics, Rows, compute, image_statistics, parts_of
 from eqm_dist.models.autoencoder import Autoencoder
+from eqm_dist.run_directory import picture_name
 
 NARROW = 512
 """Features up to which the yardstick is the mean of several halvings; each of wider ones takes a minute."""
@@ -34,7 +34,7 @@ class Evaluator:
     Attributes:
         model: receives the weights; on the device of the work.
         field: the field to follow, built on ``model``.
-        sampler, evaluations, stop: how to follow it.
+        method: how to follow it.
         autoencoder: decodes latents.
         real: the real images.
         num_classes: labels are 0 .. num_classes - 1.
@@ -53,9 +53,7 @@ class Evaluator:
 
     model: nn.Module
     field: TimedField
-    sampler: Sampler
-    evaluations: int
-    stop: GradientNormStop | None
+    method: SamplingMethod
     autoencoder: Autoencoder
     real: TrainingImages
     num_classes: int
@@ -86,7 +84,7 @@ class Evaluator:
         grid = self._first_images(generated.images)
         if self.rank:
             return metrics, []
-        warn_of_failures(self.samples, cut_off, not_finite, self.evaluations)
+        warn_of_failures(self.samples, cut_off, not_finite, self.method.nfe)
         return metrics, self._draw(grid, nfe, step)
 
     @property
@@ -105,16 +103,14 @@ class Evaluator:
             indices=indices,
             labels=balanced_labels(indices, self.num_classes),
             latent_shape=self.latent_shape,
-            sampler=self.sampler,
-            evaluations=self.evaluations,
+            method=self.method,
             seed=self.seed,
             decode=self.autoencoder.decode,
             batch=self.batch,
-            stop=self.stop,
         )
 
     def _of_all_ranks(self, generated: Generated) -> tuple[Tensor, int, int]:
-        """The counts of evaluations [samples], how many samples were cut off, and how many are not finite."""
+        """The NFE of each sample [samples], how many samples were cut off, and how many are not finite."""
         figures = torch.zeros((3, self.samples), dtype=torch.int64, device=self._device)
         own = torch.stack([generated.nfe, (~generated.complete).long(), (~generated.finite).long()])
         figures[:, slice(*self._part)] = own
@@ -122,8 +118,8 @@ class Evaluator:
         return nfe, int(cut_off.sum()), int(not_finite.sum())
 
     def _draw(self, grid: Tensor, nfe: Tensor, step: int) -> list[Path]:
-        """The grid of samples and, where samples took different numbers of evaluations, the histogram of these."""
-        samples, histogram = (self.directory / f"{name}_step{step:08d}.png" for name in ("samples", "nfe"))
+        """The grid of samples and, where samples differ in their NFE, the histogram of it."""
+        samples, histogram = (self.directory / picture_name(kind, step) for kind in ("samples", "nfe"))
         labels = balanced_labels(torch.arange(len(grid)), self.num_classes)
         with storage_errors("write", samples):
             samples.parent.mkdir(parents=True, exist_ok=True)

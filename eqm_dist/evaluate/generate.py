@@ -11,7 +11,7 @@ from eqm_dist import rng
 from eqm_dist.core.corruption import per_sample
 from eqm_dist.core.guidance import TimedField
 from eqm_dist.core.samplers import Sampler
-from eqm_dist.core.sampling import GradientNormStop, in_order, sample_queue
+from eqm_dist.core.sampling import SamplingMethod, in_order, sample_queue
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class Generated:
     Attributes:
         images: [n, H, W, C] uint8.
         nfe: [n] int64, the field evaluations that each took.
-        complete: [n] bool; False where the limit of evaluations cut a sample off (see ``SampleResult``).
+        complete: [n] bool; False where the limit of its NFE cut a sample off (see ``SampleResult``).
         finite: [n] bool; False where the latents are not numbers. Such an image is that of latents of zero.
     """
 
@@ -33,12 +33,10 @@ class Generated:
     finite: Tensor
 
 
-def warn_of_failures(samples: int, cut_off: int, not_finite: int, evaluations: int) -> None:
+def warn_of_failures(samples: int, cut_off: int, not_finite: int, nfe: int) -> None:
     """Log how many of the samples are not what was asked for: not complete, or not finite."""
     if cut_off:
-        logger.warning(
-            "%d of %d samples were cut off by evaluations=%d before they ended", cut_off, samples, evaluations
-        )
+        logger.warning("%d of %d samples were cut off by nfe=%d before they ended", cut_off, samples, nfe)
     if not_finite:
         logger.warning("%d of %d samples are not finite and became blank images", not_finite, samples)
 
@@ -50,12 +48,10 @@ def generate(
     indices: Tensor,
     labels: Tensor,
     latent_shape: Sequence[int],
-    sampler: Sampler,
-    evaluations: int,
+    method: SamplingMethod,
     seed: int,
     decode: Callable[[Tensor], Tensor],
     batch: int,
-    stop: GradientNormStop | None = None,
     start: Callable[[Tensor], Tensor] | None = None,
     start_time: float = 0.0,
 ) -> Generated:
@@ -69,12 +65,10 @@ def generate(
         indices: [n] int64 sample indices, in any order, possibly none; the work is done on their device.
         labels: [n] int64, the class of each.
         latent_shape: (C, h, w).
-        sampler: the method.
-        evaluations: field evaluations per sample, or the most of them where samples may end earlier.
+        method: how the field is followed.
         seed: seed of the start noise, drawn from ``Stream.START_NOISE``.
         decode: latents [B, C, h, w] -> images [B, H, W, C'] uint8.
         batch: samples under way at once; where one ends, the next takes its place.
-        stop: lets each sample stop earlier.
         start: positions [b] in ``indices`` -> other starts [b, C, h, w] than noise, such as partly noised latents.
         start_time: the gamma of such starts, for integrators of a field that knows time.
 
@@ -89,10 +83,8 @@ def generate(
         lambda x, rows, time: field(x, labels[rows], time),
         start or noise,
         torch.arange(len(indices), device=indices.device),
-        sampler,
-        evaluations,
+        method,
         slots=batch,
-        stop=stop,
         start_time=start_time,
     )
     result = in_order(list(queue))
@@ -107,30 +99,30 @@ def generate_along(
     labels: Tensor,
     latent_shape: Sequence[int],
     sampler: Sampler,
-    evaluations: Sequence[int],
+    nfe: Sequence[int],
     seed: int,
     decode: Callable[[Tensor], Tensor],
 ) -> Iterator[Generated]:
-    """The images of ``generate`` for each of several numbers of evaluations, for the price of the largest.
+    """The images of ``generate`` for each of several NFE, for the price of the largest.
 
-    For descents whose steps do not depend on the number of evaluations to come: points of one way.
+    For descents whose steps do not depend on the NFE to come: points of one trajectory.
 
     Args:
         field: see ``generate``, as are the others; all samples are under way at once.
         sampler: a descent without a falling step size.
-        evaluations: rising, at least one.
+        nfe: rising, at least one.
     """
-    assert list(evaluations) == sorted(set(evaluations))
-    assert evaluations[0] > 0
+    assert list(nfe) == sorted(set(nfe))
+    assert nfe[0] > 0
     x = rng.normal(seed, rng.Stream.START_NOISE, indices, latent_shape)
     nothing = torch.zeros(len(x), device=x.device)
-    state = sampler.start(x, evaluations[-1], 0.0)
-    for count in range(1, evaluations[-1] + 1):
+    state = sampler.start(x, nfe[-1], 0.0)
+    for count in range(1, nfe[-1] + 1):
         point, time = sampler.look(x, state, nothing)
         x, state, _ = sampler.move(x, state, field(point, labels, time), nothing)
-        if count in evaluations:
-            nfe = torch.full((len(x),), count, device=x.device)
-            yield _decoded(x, nfe, torch.ones_like(nfe, dtype=torch.bool), decode, len(x))
+        if count in nfe:
+            spent = torch.full((len(x),), count, device=x.device)
+            yield _decoded(x, spent, torch.ones_like(spent, dtype=torch.bool), decode, len(x))
 
 
 def _decoded(

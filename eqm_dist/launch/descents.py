@@ -1,6 +1,6 @@
 """Many samplers of one model, measured by all actors of a cluster: the trials of ``tuning/sweep_stepsize.py``.
 
-Each actor loads the model and the extractor once. Samplers that differ in their evaluations alone, and step without
+Each actor loads the model and the extractor once. Samplers that differ in their NFE alone, and step without
 looking at how many are to come, share one descent: its points are measured on the way.
 """
 
@@ -30,14 +30,14 @@ class Descent:
 
     Attributes:
         trials: the samplers' names.
-        sampler: keys of ``evaluation.sampler``, without ``evaluations``.
-        evaluations: of each of the samplers, rising.
+        sampler: keys of ``sampler``, without ``nfe``.
+        nfe: of each of the samplers, rising.
         start, stop: the images [start, stop).
     """
 
     trials: tuple[str, ...]
     sampler: dict[str, Any]
-    evaluations: tuple[int, ...]
+    nfe: tuple[int, ...]
     start: int
     stop: int
 
@@ -88,9 +88,9 @@ class MeasureDescent:
     def __call__(self, task: Descent, device: torch.device) -> list[Measured] | str:
         """What each sampler gave, or why there is nothing."""
         self.model.model  # noqa: B018 (made once, here, and handed on to every sampler)
-        model = self.model.with_sampler(**task.sampler, evaluations=task.evaluations[-1])
+        model = self.model.with_sampler(**task.sampler, nfe=task.nfe[-1])
         started = time.perf_counter()
-        sums: list[Measured | None] = [None] * len(task.evaluations)
+        sums: list[Measured | None] = [None] * len(task.nfe)
         try:
             for first in range(task.start, task.stop, self.batch):
                 indices = torch.arange(first, min(task.stop, first + self.batch))
@@ -108,9 +108,9 @@ class MeasureDescent:
     def _generate(
         self, model: Pretrained, indices: torch.Tensor, task: Descent, device: torch.device
     ) -> Iterable[Generated]:
-        classes, sampler = model.config.data.num_classes, model.config.evaluation.sampler
+        classes, sampler = model.config.data.num_classes, model.config.sampler
         labels = labels_of(self.labels, indices, classes, self.seed)
-        if len(task.evaluations) == 1:
+        if len(task.nfe) == 1:
             return [model.generate(indices, labels, self.seed, self.batch, device)]
         return generate_along(
             build_field(model.config, model.model.to(device), classes),
@@ -118,9 +118,9 @@ class MeasureDescent:
             labels=labels.to(device),
             latent_shape=model.config.data.latent_shape,
             sampler=build_sampler(sampler),
-            evaluations=task.evaluations,
+            nfe=task.nfe,
             seed=self.seed,
-            decode=model.decoder.decode,
+            decode=model.autoencoder.decode,
         )
 
     def _measure(self, generated: Generated, first: int, device: torch.device) -> Measured:
@@ -131,7 +131,7 @@ class MeasureDescent:
 
 
 def shares_descent(sampler: SamplerConfig) -> bool:
-    """Whether each step of a sampler is the same, whatever the number of evaluations to come."""
+    """Whether each step of a sampler is the same, whatever the NFE to come."""
     stops = sampler.stop_norm is not None or sampler.stop_ratio is not None
     looks_ahead = sampler.step_policy == "decay" or sampler.guidance_interval is not None
     return sampler.name in DESCENTS and not stops and not looks_ahead

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from eqm_dist.config import dump
 from eqm_dist.data.image_set import RECORD_FILE, Unit
 from eqm_dist.data.storage import local_path
 from eqm_dist.errors import ConfigError, DataError
@@ -32,6 +31,7 @@ from eqm_dist.evaluate.statistics import (
 )
 from eqm_dist.launch.sampling import run_units
 from eqm_dist.logs import Progress
+from eqm_dist.options import dump
 from eqm_dist.pretrained import Pretrained
 from eqm_dist.provenance import provenance
 
@@ -132,7 +132,7 @@ class Judge:
         """
         check_count(self.metrics, self.settings, samples)
         labels_of(labels, torch.arange(1), model.config.data.num_classes, seed)
-        model.decoder  # noqa: B018 (fails here, in one sentence, and not on every actor)
+        model.autoencoder  # noqa: B018 (fails here, in one sentence, and not on every actor)
         self._loaded()
         work = MeasureDrawn(model, labels, seed, self.extractor, self.weights, parts_of(self.metrics), self.batch)
         statistics, nfe = None, []
@@ -149,7 +149,7 @@ class Judge:
             step=model.step,
             weights_sha256=model.sha256,
             labels=labels,
-            sampler=dump(model.config.evaluation.sampler),
+            sampler=dump(model.config.sampler),
             nfe={"mean": sum(nfe) / len(nfe), "min": min(nfe), "max": max(nfe)},
             seed=seed,
         )

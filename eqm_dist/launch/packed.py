@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from eqm_dist.build import OpenRun
-from eqm_dist.config import Config, dump, parse
+from eqm_dist.config import Config
+from eqm_dist.options import dump, parse
 from eqm_dist.track.mlflow import MlflowRun
 
 

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import ray
 
@@ -18,7 +19,7 @@ _MOST_CPU_WORKERS = 4  # beyond that, exchanging gradients on a CPU costs more t
 
 @dataclass(frozen=True)
 class Offer:
-    """What one worker gets, how many there are, and what is left for an evaluation apart."""
+    """What one worker gets, how many there are, and what is left for an asynchronous evaluation."""
 
     workers: int | tuple[int, int]
     """Their number, or the fewest and the most."""
@@ -74,12 +75,16 @@ def _no_cluster(address: str, error: Exception) -> LaunchError:
     )
 
 
-def offer(workers: int | tuple[int, int] | None, cpus_per_worker: int | None, evaluation_cpus: int = 0) -> Offer:
+def offer(
+    workers: int | tuple[int, int] | Literal["auto"],
+    cpus_per_worker: int | Literal["auto"],
+    evaluation_cpus: int = 0,
+) -> Offer:
     """Divide what the cluster has: one worker per GPU; without GPUs one per core, at most four, sharing all cores.
 
     An elastic run, whose cluster changes, needs room for its fewest workers now. Its workers get one CPU each, or what
     a GPU's share is on the node where that is smallest. With ``evaluation_cpus`` so many CPUs, and a GPU if there are
-    any, stay free for an evaluation apart.
+    any, stay free for an asynchronous evaluation.
 
     Raises:
         LaunchError: the cluster has no room.
@@ -88,15 +93,16 @@ def offer(workers: int | tuple[int, int] | None, cpus_per_worker: int | None, ev
     all_gpus, all_cpus = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 1)))
     use_gpu = all_gpus > 0
     gpus, cpus = all_gpus - int(use_gpu and evaluation_cpus > 0), all_cpus - evaluation_cpus
-    besides = f" beside the evaluation apart, which takes {evaluation_cpus} CPUs" if evaluation_cpus else ""
+    besides = f" beside the asynchronous evaluation, which takes {evaluation_cpus} CPUs" if evaluation_cpus else ""
     besides += " and a GPU" if use_gpu and evaluation_cpus else ""
-    workers = workers or (gpus if use_gpu else min(cpus, _MOST_CPU_WORKERS))
+    if workers == "auto":
+        workers = gpus if use_gpu else min(cpus, _MOST_CPU_WORKERS)
     shown, needed = (list(workers), workers[0]) if isinstance(workers, tuple) else (workers, workers)
     if use_gpu and not 1 <= needed <= gpus:
         raise LaunchError(
             f"launch.workers={shown} must be from 1 to the {gpus} GPUs of the cluster{besides}; change it or add nodes."
         )
-    if cpus_per_worker is None:
+    if cpus_per_worker == "auto":
         if isinstance(workers, tuple):
             cpus_per_worker = _smallest_share() if use_gpu else 1
         else:

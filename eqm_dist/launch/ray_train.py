@@ -16,16 +16,18 @@ from ray.exceptions import RayActorError
 from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from eqm_dist.build import OpenRun, build_checkpoints, build_run, plan_batch
+from eqm_dist.build import OpenRun, build_run, plan_batch
 from eqm_dist.errors import EqmDistError
+from eqm_dist.launch.asynchronous_evaluation import asynchronous_evaluation, finish_evaluations
 from eqm_dist.launch.packed import pack, unpack
 from eqm_dist.launch.preemption import Preemption
 from eqm_dist.launch.ray_cluster import Offer, offer
-from eqm_dist.launch.ray_evaluation import evaluation_apart, finish_evaluations
 from eqm_dist.launch.recovery import Recovery, Setbacks
 from eqm_dist.launch.watchdog import Watchdog
 from eqm_dist.launch.worker import run_to_end
 from eqm_dist.logs import FileFollower, log_file, setup_logging
+from eqm_dist.options import required
+from eqm_dist.run_directory import RAY_SNAPSHOT
 from eqm_dist.train.distributed import from_rank_zero, rank
 from eqm_dist.train.loop import Run
 
@@ -33,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 _COLLECTIVE_TIMEOUT_S = 1800
 _START_TIMEOUT_S = 10
-_HANG_DEADLINE_S = 600
-_RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 def train(opened: OpenRun) -> None:
@@ -45,15 +45,14 @@ def train(opened: OpenRun) -> None:
         LaunchError: the cluster has no room, or the run failed again and again.
     """
     launch = opened.config.launch
-    evaluation_cpus = (opened.config.evaluation.cpus or 1) if opened.config.evaluation.apart else 0
-    offered = offer(launch.workers, launch.cpus_per_worker, evaluation_cpus)
+    offered = offer(required(launch.workers), required(launch.cpus_per_worker), opened.config.evaluation.cpus or 0)
     for workers in offered.sizes:
         plan_batch(opened.config, workers)
-    setbacks = Setbacks(build_checkpoints(opened)[0], launch.max_failures)
+    setbacks = Setbacks(opened.checkpoints, required(launch.max_failures))
     with FileFollower(log_file(opened.directory, 0)):
         while (failure := _fit(opened, offered, setbacks)) is not None:
             logger.warning(setbacks.another(failure))
-    if opened.config.evaluation.apart:
+    if opened.config.evaluation.asynchronous:
         finish_evaluations(opened)
 
 
@@ -74,7 +73,7 @@ def _fit(opened: OpenRun, offered: Offer, setbacks: Setbacks) -> str | None:
             num_workers=offered.workers,
             use_gpu=offered.use_gpu,
             resources_per_worker={"CPU": offered.cpus_per_worker, "GPU": int(offered.use_gpu)},
-            elastic_resize_monitor_interval_s=launch.resize_check_s or 60,
+            elastic_resize_monitor_interval_s=launch.resize_check_s or 0.0,  # of a fixed number nobody asks
         ),
         run_config=RunConfig(
             name=opened.config.run.name,
@@ -82,11 +81,11 @@ def _fit(opened: OpenRun, offered: Offer, setbacks: Setbacks) -> str | None:
             failure_config=FailureConfig(max_failures=-1),  # Recovery decides
             callbacks=cast("Any", [Recovery(log_file(opened.directory, 0), setbacks, offered)]),
         ),
-        validation_config=evaluation_apart(opened, offered),
+        validation_config=asynchronous_evaluation(opened, offered),
     )
     # Ray's list of an earlier job names checkpoints that were removed since, and Ray refuses to start without them.
     # What there is to resume from is decided by the markers alone.
-    (opened.directory / _RAY_SNAPSHOT).unlink(missing_ok=True)
+    (opened.directory / RAY_SNAPSHOT).unlink(missing_ok=True)
     try:
         trainer.fit()
     except (ray.train.TrainingFailedError, RayActorError) as error:
@@ -102,7 +101,6 @@ def _worker(packed: dict[str, Any]) -> None:
     opened = unpack(packed)
     setup_logging(log_file(opened.directory, rank()), console=False)
     deadline_s = opened.config.launch.hang_deadline_s
-    deadline_s = _HANG_DEADLINE_S if deadline_s is None else deadline_s
     with Watchdog(rank(), deadline_s, log_file(opened.directory, 0)) if deadline_s else nullcontext() as watchdog:
         run = replace(build_run(opened, get_device(), partial(_report, opened)), must_save=Preemption())
         if watchdog is not None:
@@ -118,16 +116,15 @@ def _unreported(opened: OpenRun, run: Run) -> list[int]:
     if registered is not None:
         return [step for step in steps[-1:] if run.checkpoints.path(step).name != Path(registered.path).name]
     # A new job has forgotten which are still to be evaluated.
-    awaited = run.evaluations.awaited(steps) if opened.config.evaluation.apart else []
+    awaited = run.evaluations.awaited(steps) if opened.config.evaluation.asynchronous else []
     return sorted({*awaited, *steps[-1:]})
 
 
 def _report(opened: OpenRun, path: Path, step: int) -> None:
     """Enter a checkpoint that lies in the run directory already into Ray's list. A barrier."""
-    evaluations = build_checkpoints(opened)[1]
     ray.train.report(
         {"step": step},
         checkpoint=Checkpoint.from_directory(str(path)),
         checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-        validation=opened.config.evaluation.apart and evaluations.due(step),
+        validation=opened.config.evaluation.asynchronous and opened.evaluations.due(step),
     )

@@ -21,18 +21,19 @@ from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from eqm_dist.build import METRICS_FILE
-from eqm_dist.config import Config, dump, parse
+from eqm_dist.config import Config
 from eqm_dist.errors import EqmDistError
 from eqm_dist.launch import local, ray_train
 from eqm_dist.launch.fork import fork_run
 from eqm_dist.launch.ray_cluster import cluster
 from eqm_dist.logs import log_file
 from eqm_dist.open_run import open_run
+from eqm_dist.options import dump, parse
+from eqm_dist.run_directory import METRICS_FILE
 from eqm_dist.track.jsonl import read_metrics
 from eqm_dist.track.mlflow import nest
+from eqm_dist.train.evaluations import SCORE
 
-SCORE = "eval/fid"
 POLL_S = 0.3
 TRIES = 3
 """Times that a trial is begun when its process or machine dies."""
@@ -162,8 +163,9 @@ def _name(trial: Any) -> str:
 def _room(config: Config) -> int:
     """How many Ray Train runs fit the cluster at once: more would only wait."""
     have, launch = ray.cluster_resources(), config.launch
-    assert not isinstance(launch.workers, tuple)  # the command refuses it
-    workers, cpus = launch.workers or 1, launch.cpus_per_worker or 1
+    workers, cpus = launch.workers, launch.cpus_per_worker
+    assert isinstance(workers, int)  # the command sees to it
+    assert isinstance(cpus, int)
     return int(min(have.get("CPU", 1) // (workers * cpus), have["GPU"] // workers if have.get("GPU") else 1 << 20))
 
 

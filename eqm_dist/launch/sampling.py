@@ -12,7 +12,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from eqm_dist.config import dump
 from eqm_dist.data.image_set import GRID_FILE, NFE_FILE, RECORD_FILE, Format, ImageSet, Unit, open_image_set
 from eqm_dist.data.loader import ShardReader
 from eqm_dist.data.storage import storage_errors
@@ -22,8 +21,10 @@ from eqm_dist.evaluate.grid import sample_grid
 from eqm_dist.evaluate.labels import labels_of
 from eqm_dist.logs import Progress
 from eqm_dist.models.autoencoder import mean_latents
+from eqm_dist.options import dump
 from eqm_dist.pretrained import Pretrained
 from eqm_dist.provenance import provenance
+from eqm_dist.text import labelled
 
 LEAST_UNIT, MOST_UNIT, UNITS = 32, 1024, 128
 """A set has about so many units, for any number of actors to share; one is what a kill can cost an actor."""
@@ -62,12 +63,12 @@ def draw(
         EqmDistError: one sentence for the user.
     """
     labels_of(labels, torch.arange(1), model.config.data.num_classes, seed)
-    model.decoder  # noqa: B018 (fails here, in one sentence, and not on every actor)
+    model.autoencoder  # noqa: B018 (fails here, in one sentence, and not on every actor)
     settings = {
         "model": model.source,
         "step": model.step,
         "weights_sha256": model.sha256,
-        "sampler": dump(model.config.evaluation.sampler),
+        "sampler": dump(model.config.sampler),
         "labels": labels,
         "seed": seed,
     }
@@ -139,21 +140,20 @@ def _report(model: Pretrained, images: ImageSet, out: Path) -> str:
     lines = {
         "model": f"{model.source}{f', step {model.step:,}' if model.step is not None else ''}",
         "images": f"{images.count:,} as {images.format}, labels {record['labels']}, seed {record['seed']}",
-        "evaluations": f"{nfe['mean']:,.4g} an image",
+        "NFE": f"{nfe['mean']:,.4g} an image",
         "speed": f"{record['images_per_s']:,.1f} images/s",
         "grid": str(grid),
     }
     if nfe["min"] < nfe["max"]:
-        lines["evaluations"] += f" (from {nfe['min']:,} to {nfe['max']:,}): {out / NFE_FILE}"
+        lines["NFE"] += f" (from {nfe['min']:,} to {nfe['max']:,}): {out / NFE_FILE}"
         with storage_errors("write", out / NFE_FILE):
             nfe_histogram(torch.tensor(images.nfe())).savefig(out / NFE_FILE, dpi=120)
     if record["cut_off"]:
-        lines["cut off"] = f"{record['cut_off']:,} images by evaluation.sampler.evaluations, before they came to an end"
+        lines["cut off"] = f"{record['cut_off']:,} images by sampler.nfe, before they came to an end"
     if record["not_finite"]:
         lines["not finite"] = f"{record['not_finite']:,} images, which are blank; use a smaller step size"
     lines["record"] = str(out / RECORD_FILE)
-    width = max(map(len, lines))
-    return "\n".join(["", f"{out} is complete", *(f"  {key:<{width}}  {text}" for key, text in lines.items())])
+    return "\n".join(["", f"{out} is complete", *labelled(lines, indent="  ")])
 
 
 def real_latents(

@@ -5,29 +5,40 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from eqm_dist.build import (
-    CHECKPOINTS,
-    METRICS_FILE,
-    OpenRun,
-    build_checkpoints,
-    build_mirror,
-    derived_numbers,
-    step_size_warning,
-)
-from eqm_dist.config import Config, to_yaml
+from eqm_dist.build import OpenRun, build_mirror
+from eqm_dist.config import Config
+from eqm_dist.derived import derive, step_size_warning
 from eqm_dist.launch import local
 from eqm_dist.logs import setup_logging
 from eqm_dist.open_run import open_run
+from eqm_dist.options import to_yaml
+from eqm_dist.run_directory import CHECKPOINTS, METRICS_FILE, pictures
+from eqm_dist.text import counted, labelled
 from eqm_dist.track.mlflow import MlflowRun, close_run, default_uri
 from eqm_dist.track.result import read_result
 
 
 def describe(config: Config) -> str:
     """The resolved config as YAML, then the numbers that follow from it."""
-    numbers = derived_numbers(config)
-    width = max(map(len, numbers))
-    lines = [f"{label:<{width}}  {figure}" for label, figure in numbers.items()]
-    return "\n".join([to_yaml(config), *lines])
+    found = derive(config)
+    lines = {
+        "parameters": f"{found.parameters:,} ({found.trained_parameters:,} trained)",
+        "global batch": f"{config.train.global_batch:,} images",
+        "steps": f"{config.train.steps:,}",
+        "images": f"{found.images:,}",
+        "checkpoint": f"{_bytes(found.checkpoint_bytes)}, {config.checkpoint.keep} kept",
+        "model state": f"{_bytes(found.state_bytes)} on each of {counted(found.workers, 'worker')}, {found.engine}",
+        "training cost": f"{found.training_flops / 1e9:.3f} GFLOP per image ({found.forward_macs / 1e9:.3f} GMAC"
+                         " forward)",
+        "run directory": str(found.directory),
+    }  # fmt: skip
+    if found.largest_stable_step is not None:
+        lines["largest stable step"] = f"{found.largest_stable_step:.4g} (plain descent near data; sampler.step_size)"
+    return "\n".join([to_yaml(config), *labelled(lines)])
+
+
+def _bytes(size: int) -> str:
+    return f"{size:,} bytes ({size / 2**30:.2f} GiB)"
 
 
 def train(config: Config) -> str:
@@ -37,12 +48,12 @@ def train(config: Config) -> str:
         EqmDistError: one sentence for the user.
     """
     setup_logging()
-    if warning := step_size_warning(config):
-        print(f"warning: {warning}")
     opened = open_run(config)
+    if warning := step_size_warning(opened.config):
+        print(f"warning: {warning}")
     with _final_status(opened.mlflow):
         result = read_result(opened.directory)
-        if result is None or result["step"] < config.train.steps or _awaits_evaluation(opened):
+        if result is None or result["step"] < opened.config.train.steps or _awaits_evaluation(opened):
             _run(opened)
             result = read_result(opened.directory)
             assert result is not None
@@ -62,9 +73,9 @@ def _run(opened: OpenRun) -> None:
 
 
 def _awaits_evaluation(opened: OpenRun) -> bool:
-    """Whether a run that made its last step was killed before its last evaluation apart was done."""
-    checkpoints, evaluations = build_checkpoints(opened)
-    return opened.config.evaluation.apart and bool(evaluations.awaited(checkpoints.steps()))
+    """Whether a run that made its last step was killed before its last asynchronous evaluation was done."""
+    awaited = opened.evaluations.awaited(opened.checkpoints.steps())
+    return opened.config.evaluation.asynchronous and bool(awaited)
 
 
 @contextmanager
@@ -100,17 +111,14 @@ def _closing_report(opened: OpenRun, result: dict[str, Any]) -> str:
             f"{fid:.3f} with {metrics['eval/samples']:,.0f} samples, {fid / yardstick:.2f} times the yardstick of"
             f" {yardstick:.3f} (two halves of the real data)"
         )
-    samples = sorted(directory.glob("samples/*.png"))
+    samples = pictures(directory)
     if samples:
         lines["samples"] = _shown(samples[-1])
     lines |= {"checkpoints": _shown(directory / CHECKPOINTS), "metrics": _shown(directory / METRICS_FILE)}
     lines["run directory"] = _shown(directory)
     if opened.mlflow is not None:
         lines["MLflow"] = _ui_command(opened.mlflow.tracking_uri, directory.parent)
-    width = max(map(len, lines))
-    return "\n".join(
-        ["", f"run {result['run']} is complete", *(f"  {key:<{width}}  {text}" for key, text in lines.items())]
-    )
+    return "\n".join(["", f"run {result['run']} is complete", *labelled(lines, indent="  ")])
 
 
 def _shown(path: Path) -> str:

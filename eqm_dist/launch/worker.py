@@ -6,8 +6,9 @@ from statistics import median
 
 import torch
 
-from eqm_dist.build import METRICS_FILE, OpenRun
-from eqm_dist.config import dump
+from eqm_dist.build import OpenRun
+from eqm_dist.options import dump
+from eqm_dist.run_directory import METRICS_FILE
 from eqm_dist.track.jsonl import last_values, read_metrics
 from eqm_dist.track.result import write_result
 from eqm_dist.train.distributed import rank, world_size

@@ -1,26 +1,10 @@
-"""The published backbone sizes, and what a backbone costs, in closed form.
+"""What a backbone costs, in closed form.
 
 Plain Python on purpose: ``--dry-run`` prints these numbers without importing torch.
 """
 
-from typing import NamedTuple
-
 TIME_FREQUENCIES = 256
 """Width of the sinusoidal time embedding (official code)."""
-
-
-class Size(NamedTuple):
-    depth: int
-    hidden_size: int
-    num_heads: int
-
-
-SIZES = {
-    "S": Size(depth=12, hidden_size=384, num_heads=6),
-    "B": Size(depth=12, hidden_size=768, num_heads=12),
-    "L": Size(depth=24, hidden_size=1024, num_heads=16),
-    "XL": Size(depth=28, hidden_size=1152, num_heads=16),
-}
 
 
 def parameter_count(

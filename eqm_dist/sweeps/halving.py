@@ -83,7 +83,7 @@ class Halving:
         return time.monotonic() > self._deadline
 
     def _search(self) -> None:
-        """The first rung where Optuna proposes the points, by FID and evaluations."""
+        """The first rung where Optuna proposes the points, by FID and NFE."""
         samples, trials = self._plan.rungs[0], self._plan.trials
         search = TpeSearch(self._plan.space, objectives=2, seed=self._plan.seed)
         known = measured_with(self._ledger.results, samples)
@@ -155,10 +155,10 @@ class Halving:
             there = [point for trial, point in pending.items() if starts[trial] == start]
             for points in self._plan.descents(there):
                 trials = tuple(trial_name(point) for point in points)
-                sampler = {key: value for key, value in self._plan.sampler(points[0]).items() if key != "evaluations"}
-                evaluations = tuple(self._plan.evaluations(point) for point in points)
-                tasks += [Descent(trials, sampler, evaluations, *unit) for unit in units(samples, start)]
-        return sorted(tasks, key=lambda task: -task.evaluations[-1])
+                sampler = {key: value for key, value in self._plan.sampler(points[0]).items() if key != "nfe"}
+                nfe = tuple(self._plan.nfe(point) for point in points)
+                tasks += [Descent(trials, sampler, nfe, *unit) for unit in units(samples, start)]
+        return sorted(tasks, key=lambda task: -task.nfe[-1])
 
     def _earlier(self, pending: Iterable[str], rung: int) -> dict[str, tuple[Result, ImageStatistics]]:
         """What the rung before left of these trials; a kill may have taken the statistics of some."""
@@ -226,7 +226,7 @@ class _Live:
 
 
 def _cost(task: Descent) -> int:
-    return (task.stop - task.start) * task.evaluations[-1]
+    return (task.stop - task.start) * task.nfe[-1]
 
 
 def _objectives(result: Result) -> tuple[float, float] | None:

@@ -6,17 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eqm_dist.config import Config, dump, options
+from eqm_dist.config import Config
 from eqm_dist.launch.descents import shares_descent
+from eqm_dist.options import Axis, dump, keys_with
 from eqm_dist.pretrained import Pretrained
 from eqm_dist.sweeps.spaces import Overrides, Space
 
-PREFIX = "evaluation.sampler."
-AXES = [key for key, _ in options(Config) if key.startswith(PREFIX)]
+PREFIX = "sampler."
+AXES = [key for key in keys_with(Config, Axis) if key.startswith(PREFIX)]
 """What can be swept."""
-OF_ONE_METHOD = ("step_size", "step_policy", "final_step_size", "momentum", "stop_norm", "stop_ratio",
-                 "horizon", "rtol", "atol")  # fmt: skip
-"""What a sampler has by its name: none of it is taken over when a trial names another."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Plan:
         search: ``grid``, ``random`` or ``optuna``.
         trials: points of a random or Optuna search; of a grid all.
         rungs: numbers of samples, rising; every trial is measured with the first, the best of each with the next.
-        reduction: one of so many trials goes on to the next rung, and the Pareto front of FID against evaluations.
+        reduction: one of so many trials goes on to the next rung, and the Pareto front of FID against NFE.
         labels, seed: as ``evaluate.labels`` and ``Pretrained.generate`` take them.
         batch: images that an actor draws at once.
         launcher, actors: ``ray`` with at most so many actors, or ``local``.
@@ -58,9 +56,8 @@ class Plan:
         return list(self.space.extremes())
 
     def sampler(self, point: Overrides) -> dict[str, Any]:
-        """A point as keys of ``evaluation.sampler`` that turn the model's own sampler into that of the trial."""
-        own = {key.removeprefix(PREFIX): value for key, value in point.items()}
-        return {**(dict.fromkeys(OF_ONE_METHOD) if "name" in own else {}), **own}
+        """A point as keys of ``sampler`` that turn the model's own sampler into that of the trial."""
+        return {key.removeprefix(PREFIX): value for key, value in point.items()}
 
     def model_of(self, point: Overrides) -> Pretrained:
         """The model with the sampler of a trial.
@@ -71,14 +68,14 @@ class Plan:
         return self.model.with_sampler(**self.sampler(point))
 
     def descents(self, points: Sequence[Overrides]) -> Iterator[list[Overrides]]:
-        """The points in groups that share a descent, by rising evaluations."""
+        """The points in groups that share a descent, by rising NFE."""
         groups: dict[str, dict[int, Overrides]] = {}
         for point in points:
-            sampler = self.model_of(point).config.evaluation.sampler
-            shared = dump(sampler) | ({"evaluations": None} if shares_descent(sampler) else {})
-            groups.setdefault(json.dumps(shared), {})[sampler.evaluations] = point
-        return ([group[evaluations] for evaluations in sorted(group)] for group in groups.values())
+            sampler = self.model_of(point).config.sampler
+            shared = dump(sampler) | ({"nfe": None} if shares_descent(sampler) else {})
+            groups.setdefault(json.dumps(shared), {})[sampler.nfe] = point
+        return ([group[nfe] for nfe in sorted(group)] for group in groups.values())
 
-    def evaluations(self, point: Overrides) -> int:
-        """The most evaluations that an image of a trial may take."""
-        return self.model_of(point).config.evaluation.sampler.evaluations
+    def nfe(self, point: Overrides) -> int:
+        """The highest NFE that an image of a trial may take."""
+        return self.model_of(point).config.sampler.nfe

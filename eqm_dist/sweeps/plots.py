@@ -1,4 +1,4 @@
-"""Pictures of a sweep: FID against step size and evaluations; FID of trainings, their c(gamma), their keys."""
+"""Pictures of a sweep: FID against step size and NFE; FID of trainings, their c(gamma), their keys."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

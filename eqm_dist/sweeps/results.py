@@ -14,22 +14,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
-from eqm_dist.build import runs_root
 from eqm_dist.data.storage import atomic_write, storage_errors
 from eqm_dist.errors import ConfigError
 from eqm_dist.evaluate.record import append_records
 from eqm_dist.sweeps.spaces import trial_name
+from eqm_dist.text import aligned
 from eqm_dist.track.jsonl import read_metrics
 
 SETTINGS_FILE, LEDGER_FILE, CSV_FILE, BEST_FILE = "settings.json", "results.jsonl", "results.csv", "best.yaml"
 
 R = TypeVar("R")
-
-
-def sweep_directory(name: str) -> Path:
-    """Where a sweep lies by default: sweeps/ here; inside a Ray job, whose directory is thrown away, ~/sweeps."""
-    path = runs_root().parent / "sweeps" / name
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,7 @@ class Result:
         overrides: the trial: dotted keys with their values.
         samples: images that it was measured with.
         fid: None where it failed.
-        nfe: mean evaluations of the field for an image; None where it failed.
+        nfe: mean NFE for an image; None where it failed.
         seconds: of one worker, in all.
         failure: the reason, or None.
     """
@@ -117,7 +111,7 @@ def ranked(results: Iterable[Result]) -> list[Result]:
 
 
 def pareto_front(results: Iterable[Result]) -> list[Result]:
-    """Results that no other beats in FID without more evaluations, by rising evaluations."""
+    """Results that no other beats in FID without a higher NFE, by rising NFE."""
     front: list[Result] = []
     measured = [result for result in results if result.fid is not None]
     for result in sorted(measured, key=lambda found: (found.nfe, found.fid)):
@@ -162,12 +156,6 @@ def table(order: Sequence[Result], keys: Sequence[str], rows: int = 10) -> str:
     if len(failures) > rows:
         lines.append(f"... and {len(failures) - rows} more failures in {CSV_FILE}")
     return "\n".join(lines)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines, each column as wide as it must be."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 def write_csv(out: Path, order: Sequence[Result]) -> None:

@@ -1,8 +1,8 @@
 """Search spaces: axes over the dotted keys of the config, from a YAML or a Python file.
 
-    - evaluation.sampler.name: nag                                       # a value: the same in all trials
-      evaluation.sampler.momentum: [0.3, 0.6]                            # a list: choices
-      evaluation.sampler.step_size: {log: [0.005, 0.16], points: 6}      # an interval; its points make the grid
+    - sampler.name: nag                                       # a value: the same in all trials
+      sampler.momentum: [0.3, 0.6]                            # a list: choices
+      sampler.step_size: {log: [0.005, 0.16], points: 6}      # an interval; its points make the grid
 
 A file holds one such mapping, or a list of alternatives whose trials are those of each: what only one method has then
 stands beside its name. A Python file sets ``space`` to the same.
@@ -21,8 +21,9 @@ from typing import Any, cast
 import numpy as np
 import yaml
 
-from eqm_dist.config import Config, annotation_name, options, suggestion
+from eqm_dist.config import Config
 from eqm_dist.errors import ConfigError
+from eqm_dist.options import options, suggestion
 
 Overrides = dict[str, Any]
 """Dotted keys with their values: a point of a space."""
@@ -187,7 +188,7 @@ def parse_space(values: Any, known: Collection[str], source: str) -> Space:
 
 
 def _alternative(values: Mapping[Any, Any], known: Collection[str], source: str) -> dict[str, Axis]:
-    keys = {key for key, _ in options(Config)}
+    keys = {option.key for option in options(Config)}
     for key in values:
         if key not in keys:
             raise ConfigError(f"{key} is not an option ({source}); {suggestion(str(key), list(known))}")
@@ -226,5 +227,4 @@ def _number(value: Any) -> float:
 
 
 def _is_whole(key: str) -> bool:
-    names = {name: annotation_name(field.annotation) for name, field in options(Config)}
-    return names[key].startswith("INT")
+    return next(option for option in options(Config) if option.key == key).type_name.startswith("INT")

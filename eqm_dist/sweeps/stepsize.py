@@ -1,24 +1,26 @@
 """Many samplers of one trained model, from the plan to the pictures: what ``tuning/sweep_stepsize.py`` calls."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from eqm_dist.build import DEFAULT_STEP_SIZE, runs_root, step_size_bound
-from eqm_dist.config import DESCENTS, dump, to_yaml
 from eqm_dist.data.storage import atomic_write
+from eqm_dist.derived import step_size_bound
 from eqm_dist.launch.evaluation import Reference
 from eqm_dist.logs import clock
+from eqm_dist.options import dump, required, to_yaml
+from eqm_dist.runs import runs_root
 from eqm_dist.sweeps.cost import measured_seconds
 from eqm_dist.sweeps.halving import Halving
 from eqm_dist.sweeps.plan import PREFIX, Plan
 from eqm_dist.sweeps.plots import fid_against_nfe, fid_against_step_size
 from eqm_dist.sweeps.results import BEST_FILE, CSV_FILE, Ledger, Result, ranked, shown, table, write_csv
 from eqm_dist.sweeps.spaces import Overrides
+from eqm_dist.text import labelled
 from eqm_dist.track.mlflow import SweepRecord, default_uri, open_run
 
 MOST_SERIES = 10
@@ -33,7 +35,7 @@ def check(plan: Plan) -> None:
     """
     for point in plan.points():
         plan.model_of(point)
-    plan.model.decoder  # noqa: B018 (fails here, in one sentence, and not on every actor)
+    plan.model.autoencoder  # noqa: B018 (fails here, in one sentence, and not on every actor)
 
 
 def describe(plan: Plan) -> str:
@@ -41,7 +43,7 @@ def describe(plan: Plan) -> str:
     points = plan.points()
     descents = list(plan.descents(points))
     count = plan.trials if plan.search == "optuna" else len(points)
-    each = sum(plan.evaluations(descent[-1]) for descent in descents) / len(descents)
+    each = sum(plan.nfe(descent[-1]) for descent in descents) / len(descents)
     ways = len(descents) if plan.search == "grid" else count
     lines = {
         "model": plan.model.source,
@@ -53,7 +55,7 @@ def describe(plan: Plan) -> str:
         spent += (samples - before) * each * min(ways, kept)
         lines[f"rung {number}"] = f"{'about ' * (number > 1)}{kept:,} trials with {samples:,} samples"
         kept, before = -(-kept // plan.reduction), samples
-    bound, _ = step_size_bound(plan.model.config)
+    bound = step_size_bound(plan.model.config)
     if bound is not None:
         lines["largest stable step"] = f"{bound:.4g} (plain descent near data)"
     workers = 1 if plan.launcher == "local" else plan.actors or torch.cuda.device_count() or os.cpu_count() or 1
@@ -61,7 +63,7 @@ def describe(plan: Plan) -> str:
     lines["cost"] = f"about {spent:,.0f} evaluations of the field, of one image each"
     lines["time"] = f"about {clock(seconds)} on {workers} actor{'s' * (workers > 1)} like this machine"
     lines["results"] = str(plan.out)
-    return _aligned(lines)
+    return "\n".join(labelled(lines))
 
 
 def sweep(plan: Plan, reference: Reference, hours: float | None) -> str:
@@ -102,7 +104,7 @@ def sweep(plan: Plan, reference: Reference, hours: float | None) -> str:
 
 def _seconds_per_evaluation(plan: Plan, point: Overrides) -> float:
     """Of one image."""
-    model = plan.model.with_sampler(**(plan.sampler(point) | {"evaluations": 4}))
+    model = plan.model.with_sampler(**(plan.sampler(point) | {"nfe": 4}))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     indices = torch.arange(plan.batch)
     labels = indices % model.config.data.num_classes
@@ -118,7 +120,7 @@ def _settings(plan: Plan, reference: Reference) -> dict[str, Any]:
     return {
         "model": plan.model.source,
         "weights_sha256": plan.model.sha256,
-        "sampler": dump(plan.model.config.evaluation.sampler),
+        "sampler": dump(plan.model.config.sampler),
         "space": [{key: vars(axis) for key, axis in part.items()} for part in plan.space.alternatives],
         "search": plan.search,
         "trials": plan.trials,
@@ -141,10 +143,10 @@ def _open_record(plan: Plan) -> SweepRecord | None:
         plan.out,
         name=plan.out.name,
         tracking_uri=config.track.mlflow_uri or default_uri(root),
-        experiment=f"{config.track.experiment or 'eqm-dist'}-sweeps",
+        experiment=f"{config.track.experiment}-sweeps",
         params={"model": plan.model.source, "search": plan.search, "seed": plan.seed, "samples": list(plan.rungs)},
         config_yaml=to_yaml(config),
-        timeout_s=config.track.timeout_s or 20,
+        timeout_s=required(config.track.timeout_s),
         artifacts=root,
     )
     return SweepRecord(parent)
@@ -173,8 +175,8 @@ def _write(plan: Plan, order: Sequence[Result], results: Sequence[Result]) -> li
     if not order or order[0].fid is None:
         return files
     best = order[0]
-    sampler = dump(plan.model_of(best.overrides).config.evaluation.sampler)
-    text = yaml.safe_dump({"evaluation": {"sampler": sampler}}, sort_keys=False)
+    sampler = dump(plan.model_of(best.overrides).config.sampler)
+    text = yaml.safe_dump({"sampler": sampler}, sort_keys=False)
     origin = f"# FID {best.fid:.3f} with {best.samples:,} samples of {plan.model.source}, the best of {len(order):,}\n"
     atomic_write(plan.out / BEST_FILE, f"{origin}{text}".encode())
     files.append(plan.out / BEST_FILE)
@@ -186,7 +188,7 @@ def _write(plan: Plan, order: Sequence[Result], results: Sequence[Result]) -> li
             if (step_size := _step_size(plan, result)) is not None:
                 with_steps.setdefault(name, []).append((step_size, result))
     if with_steps:
-        bound, _ = step_size_bound(plan.model.config)
+        bound = step_size_bound(plan.model.config)
         pictures["fid_step_size.png"] = fid_against_step_size(with_steps, bound)
     for name, picture in pictures.items():
         picture.savefig(plan.out / name)
@@ -195,8 +197,8 @@ def _write(plan: Plan, order: Sequence[Result], results: Sequence[Result]) -> li
 
 
 def _series(plan: Plan, results: Sequence[Result]) -> dict[str, list[Result]]:
-    """The results by sampler, that is by everything but step size and evaluations; the best samplers."""
-    keys = [key for key in plan.space.varying() if key.removeprefix(PREFIX) not in ("step_size", "evaluations")]
+    """The results by sampler, that is by everything but step size and NFE; the best samplers."""
+    keys = [key for key in plan.space.varying() if key.removeprefix(PREFIX) not in ("step_size", "nfe")]
     measured = [result for result in results if result.fid is not None]
     names = {result.trial: shown(result.overrides, keys) or "all" for result in measured}
     best = list(dict.fromkeys(names[result.trial] for result in ranked(measured)))[:MOST_SERIES]
@@ -204,8 +206,8 @@ def _series(plan: Plan, results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def _step_size(plan: Plan, result: Result) -> float | None:
-    sampler = plan.model_of(result.overrides).config.evaluation.sampler
-    return (sampler.step_size or DEFAULT_STEP_SIZE) if sampler.name in DESCENTS else None
+    sampler = plan.model_of(result.overrides).config.sampler
+    return sampler.step_size
 
 
 def _report(plan: Plan, order: Sequence[Result], complete: bool) -> str:
@@ -216,10 +218,5 @@ def _report(plan: Plan, order: Sequence[Result], complete: bool) -> str:
         config = {"best": shown(best.overrides, plan.space.varying()), "config": str(plan.out / BEST_FILE),
                   "draw": f"python pipelines/sample.py --model {plan.model.run or plan.model.source} --config"
                           f" {plan.out / BEST_FILE}"}  # fmt: skip
-        lines.append(_aligned(config, "  "))
+        lines += labelled(config, "  ")
     return "\n".join(["", title, "", *lines])
-
-
-def _aligned(lines: Mapping[str, str], indent: str = "") -> str:
-    width = max(map(len, lines))
-    return "\n".join(f"{indent}{label:<{width}}  {text}" for label, text in lines.items())

@@ -19,25 +19,28 @@ import numpy as np
 import torch
 import yaml
 
-from eqm_dist.build import METRICS_FILE, build_decay, build_model, derived_numbers, runs_root
-from eqm_dist.config import Config, dump, flatten, options, to_yaml, with_overrides
+from eqm_dist.build import build_decay, build_model
+from eqm_dist.config import Config
 from eqm_dist.data.storage import atomic_write
+from eqm_dist.derived import derive
 from eqm_dist.errors import ConfigError, LaunchError
 from eqm_dist.launch.ray_cluster import cluster
 from eqm_dist.launch.ray_tune import EarlyStop, Ending, Trial, history, run_trials
 from eqm_dist.logs import clock
+from eqm_dist.options import Axis, dump, flatten, keys_with, required, to_yaml, with_overrides
+from eqm_dist.run_directory import METRICS_FILE, MLFLOW_FILE
+from eqm_dist.runs import runs_root
 from eqm_dist.sweeps.cost import measured_seconds
 from eqm_dist.sweeps.plots import c_gamma_curves, fid_with_error_bars, parallel_coordinates
-from eqm_dist.sweeps.results import BEST_FILE, CSV_FILE, Ledger, aligned, short, shown
+from eqm_dist.sweeps.results import BEST_FILE, CSV_FILE, Ledger, short, shown
 from eqm_dist.sweeps.spaces import Choices, Interval, Overrides, Space, trial_name
+from eqm_dist.text import aligned, labelled
 from eqm_dist.track.jsonl import last_values
 from eqm_dist.track.mlflow import MlflowRun, SweepRecord, close_run, default_uri, open_run, recorded_run
 
 logger = logging.getLogger(__name__)
 
-AXES = [key for key, _ in options(Config)
-        if key.startswith(("objective.", "optimizer.", "model.", "evaluation.sampler.", "data.flip"))
-        or key in ("train.global_batch", "train.precision")]  # fmt: skip
+AXES = keys_with(Config, Axis)
 """What can be swept: what decides the numbers of a run, but for its length, its data and its evaluation."""
 STATE_KEYS = ("model.", "objective.energy", "optimizer.ema_decays", "optimizer.schedule", "optimizer.warmup_steps")
 """What a checkpoint is bound to, or a part of a run cannot have: no axes of population-based training."""
@@ -84,7 +87,7 @@ class Plan:
             ConfigError: the point cannot be.
         """
         place = {"run.root": str(self.out.absolute() / "runs"), "run.name": name, "run.seed": seed}
-        return with_overrides(self.config, {**_without_other_variants(point), **point, **place, **others}, "the space")
+        return with_overrides(self.config, {**point, **place, **others}, "the space")
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,10 @@ def check(plan: Plan) -> None:
     config = plan.config
     if not config.evaluation.every:
         raise ConfigError("A sweep compares FIDs, and evaluation.every=0 measures none; set evaluation.every.")
-    if config.evaluation.apart:
-        raise ConfigError("evaluation.apart has no effect in a sweep, whose trials share the machine; leave it out.")
+    if config.evaluation.asynchronous:
+        raise ConfigError(
+            "evaluation.asynchronous has no effect in a sweep, whose trials share the machine; leave it out."
+        )
     if plan.search == "pbt":
         for key in plan.space.varying():
             if key.startswith(STATE_KEYS):
@@ -171,7 +176,7 @@ def describe(plan: Plan) -> str:
     points, config = plan.points(), plan.config
     runs = len(points) * plan.seeds
     images = runs * config.train.steps * config.train.global_batch
-    gflop = float(derived_numbers(config)["training cost"].split()[0])
+    gflop = derive(config).training_flops / 1e9
     device = torch.device("cuda" if plan.gpus else "cpu")
     seconds = images * _seconds_per_image(config, device)
     at_once = max(1, int(torch.cuda.device_count() / plan.gpus if plan.gpus else (os.cpu_count() or 1) / plan.cpus))
@@ -189,8 +194,7 @@ def describe(plan: Plan) -> str:
         lines["generations"] = f"{config.train.steps // plan.grace:,} of {plan.grace:,} steps"
     elif plan.reduction:
         lines["early stopping"] = f"on FID, from step {plan.grace:,} on; one of {plan.reduction} goes on"
-    width = max(map(len, lines))
-    return "\n".join(f"{label:<{width}}  {text}" for label, text in lines.items())
+    return "\n".join(labelled(lines))
 
 
 def _seconds_per_image(config: Config, device: torch.device) -> float:
@@ -321,7 +325,7 @@ class _Sweep:
             evaluated = history(trial.directory)
             step, fid = evaluated[-1] if evaluated else (0, None)
             seconds = last_values(trial.directory / METRICS_FILE).get("time/step_s", 0.0) * step
-            if self._parent is not None and (trial.directory / "mlflow.json").exists():
+            if self._parent is not None and (trial.directory / MLFLOW_FILE).exists():
                 status = {"complete": "FINISHED", "stopped": "KILLED"}.get(ending.how, "FAILED")
                 close_run(recorded_run(trial.directory), status)
             # Last: what the ledger has is over, whatever kills this process.
@@ -419,18 +423,6 @@ def _explored(space: Space, point: Overrides, draw: np.random.Generator) -> Over
     return explored
 
 
-def _without_other_variants(point: Mapping[str, Any]) -> dict[str, None]:
-    """What only another variant has is not taken over where a point names one."""
-    dropped: dict[str, None] = {}
-    if "objective.decay.family" in point:
-        dropped |= dict.fromkeys(("objective.decay.decay_start", "objective.decay.decay_value"))
-    if "evaluation.sampler.name" in point:
-        names = ("step_size", "step_policy", "final_step_size", "momentum", "stop_norm", "stop_ratio", "horizon",
-                 "rtol", "atol")  # fmt: skip
-        dropped |= {f"evaluation.sampler.{name}": None for name in names}
-    return dropped
-
-
 def _settings(plan: Plan) -> dict[str, Any]:
     """What decides the results of a sweep; where and how it runs may change."""
     config = flatten(dump(plan.config))
@@ -461,13 +453,13 @@ def _open_record(plan: Plan) -> MlflowRun | None:
         experiment=_experiment(plan),
         params={"search": plan.search, "trials": len(plan.points()), "seeds": plan.seeds},
         config_yaml=to_yaml(plan.config),
-        timeout_s=track.timeout_s or 20,
+        timeout_s=required(track.timeout_s),
         artifacts=root,
     )
 
 
 def _experiment(plan: Plan) -> str:
-    return plan.config.track.experiment or "eqm-dist-sweeps"
+    return f"{plan.config.track.experiment}-sweeps"
 
 
 def _write(plan: Plan, order: Sequence[Summary], results: Sequence[Trained]) -> list[Path]:
@@ -486,7 +478,10 @@ def _write(plan: Plan, order: Sequence[Summary], results: Sequence[Trained]) -> 
         return files
     best = order[0]
     config = dump(plan.config_of(best.overrides, "best", plan.config.run.seed))
-    kept = {section: config[section] for section in ("data", "model", "objective", "optimizer", "train", "evaluation")}
+    kept = {
+        section: config[section]
+        for section in ("data", "model", "objective", "optimizer", "train", "sampler", "evaluation")
+    }
     origin = (
         f"# FID {best.mean:.3f} +- {best.spread:.3f} over {len(best.fids)} seeds, the best of {len(order):,} points\n"
     )
@@ -496,11 +491,9 @@ def _write(plan: Plan, order: Sequence[Summary], results: Sequence[Trained]) -> 
     keys = plan.space.varying()
     named = [(shown(summary.overrides, keys), summary.fids) for summary in longest]
     pictures = {"fid.png": fid_with_error_bars(named)}
-    if all(plan.config_of(summary.overrides, "best", 0).objective.kind == "eqm" for summary in longest):
-        decays = [build_decay(plan.config_of(summary.overrides, "best", 0).objective.decay) for summary in longest]
-        pictures["c_gamma.png"] = c_gamma_curves(
-            [(decay, one.mean) for decay, one in zip(decays, longest, strict=True)]
-        )
+    decays = [(plan.config_of(one.overrides, "best", 0).objective.decay, one.mean) for one in longest]
+    if all(decay is not None for decay, _ in decays):
+        pictures["c_gamma.png"] = c_gamma_curves([(build_decay(required(decay)), mean) for decay, mean in decays])
     if len(keys) > 1:
         values = [({short(key): summary.overrides.get(key) for key in keys}, summary.mean) for summary in longest]
         pictures["parallel.png"] = parallel_coordinates(values)

@@ -27,7 +27,7 @@ class Restored:
         images: [n, H, W, C] uint8, where it ended.
         error: root mean square difference from the originals, in grey levels of 255.
         start_error: the same of the starts.
-        nfe: mean evaluations of the field.
+        nfe: mean NFE.
     """
 
     start_noise: float

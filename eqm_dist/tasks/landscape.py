@@ -31,7 +31,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 DECAY = TruncatedDecay(decay_start=0.8, gradient_scale=1.0)
 DATA_SHARE = 0.7
 """Share of training points that are data, at gamma = 1."""
-STEP_SIZE, EVALUATIONS = 0.02, 150
+STEP_SIZE, NFE = 0.02, 150
 BATCH, LEARNING_RATE, WIDTH = 512, 2e-3, 128
 WAVE_NUMBER = 2.0
 """Standard deviation of the waves' numbers, in radians per unit."""
@@ -105,7 +105,7 @@ class Landscape:
     field: Callable[..., Tensor]
 
     def at(self, x: Tensor, gamma: float) -> Tensor:
-        """The field at x [B, 2], of a sample that has gamma of its way behind it, which only flow matching heeds."""
+        """The field at x [B, 2], of a sample that has gamma of its path behind it, which only flow matching heeds."""
         labels = torch.zeros(len(x), dtype=torch.int64)
         if self.method == "flow_matching":
             return self.field(x, labels, torch.full((len(x),), gamma))
@@ -118,15 +118,15 @@ class Landscape:
 
     @torch.no_grad()
     def trajectories(self, start: Tensor) -> Tensor:
-        """The way of every start [B, 2], itself included: [EVALUATIONS + 1, B, 2].
+        """The trajectory of every start [B, 2], itself included: [NFE + 1, B, 2].
 
         Flow matching takes Euler steps from gamma 0 to 1, the others gradient descent: the same line of code, but that
         descent may take steps of any size and has no end.
         """
-        step_size = 1 / EVALUATIONS if self.method == "flow_matching" else STEP_SIZE
+        step_size = 1 / NFE if self.method == "flow_matching" else STEP_SIZE
         points = [start]
-        for step in range(EVALUATIONS):
-            points.append(points[-1] + step_size * self.at(points[-1], step / EVALUATIONS))
+        for step in range(NFE):
+            points.append(points[-1] + step_size * self.at(points[-1], step / NFE))
         return torch.stack(points)
 
 

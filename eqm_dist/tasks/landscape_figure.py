@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from eqm_dist.tasks.landscape import EVALUATIONS, Landscape, Method
+from eqm_dist.tasks.landscape import NFE, Landscape, Method
 
 TITLES: dict[Method, str] = {
     "flow_matching": "Flow matching\nvelocity at the end, gamma = 1",
@@ -20,7 +20,7 @@ TITLES: dict[Method, str] = {
 }
 EXTENT = 2.7
 """Half of the side of the square that is shown."""
-INK, PAPER, DATA, SAMPLE, WAY = "#1b1f24", "#ffffff", "#c3c9d1", "#d1495b", "#f4d35e"
+INK, PAPER, DATA, SAMPLE, TRAJECTORY = "#1b1f24", "#ffffff", "#c3c9d1", "#d1495b", "#f4d35e"
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Descent:
 
     Attributes:
         landscape: the method.
-        ways: trajectories [evaluations + 1, B, 2].
+        trajectories: trajectories [nfe + 1, B, 2].
         distance: energy distance between its samples and data.
     """
 
     landscape: Landscape
-    ways: Tensor
+    trajectories: Tensor
     distance: float
 
 
@@ -44,16 +44,15 @@ def figure(descents: Sequence[Descent], data: Tensor) -> bytes:
     axes = page.subplots(2, len(descents), squeeze=False)
     for descent, field_axis, sample_axis in zip(descents, axes[0], axes[1], strict=True):
         _draw_field(field_axis, descent.landscape)
-        for way in descent.ways[:, :24].unbind(1):
-            field_axis.plot(*way.T, color=WAY, linewidth=0.9)
-        field_axis.plot(*descent.ways[0, :24].T, ".", color=PAPER, markersize=3)
-        field_axis.plot(*descent.ways[-1, :24].T, ".", color=SAMPLE, markersize=5)
+        for trajectory in descent.trajectories[:, :24].unbind(1):
+            field_axis.plot(*trajectory.T, color=TRAJECTORY, linewidth=0.9)
+        field_axis.plot(*descent.trajectories[0, :24].T, ".", color=PAPER, markersize=3)
+        field_axis.plot(*descent.trajectories[-1, :24].T, ".", color=SAMPLE, markersize=5)
         field_axis.set_title(TITLES[descent.landscape.method], fontsize=10, color=INK)
         sample_axis.plot(*data.T, ".", color=DATA, markersize=2)
-        sample_axis.plot(*descent.ways[-1].T, ".", color=SAMPLE, markersize=2)
+        sample_axis.plot(*descent.trajectories[-1].T, ".", color=SAMPLE, markersize=2)
         sample_axis.set_xlabel(
-            f"{descent.ways.shape[1]:,} samples over data, {EVALUATIONS} evaluations\n"
-            f"energy distance {descent.distance:.3f}",
+            f"{descent.trajectories.shape[1]:,} samples over data, {NFE} NFE\nenergy distance {descent.distance:.3f}",
             fontsize=9,
             color=INK,
         )
@@ -78,7 +77,7 @@ def animation(descents: Sequence[Descent], frames: int = 36, side: int = 230) ->
         page.subplots_adjust(left=0.005, right=0.995, bottom=0.01, top=0.86, wspace=0.02)
         for descent, axis in zip(descents, axes, strict=True):
             _draw_field(axis, descent.landscape, gamma=done, arrows=False)
-            here = descent.ways[round(done * (len(descent.ways) - 1)), :400]
+            here = descent.trajectories[round(done * (len(descent.trajectories) - 1)), :400]
             axis.plot(*here.T, ".", color=PAPER, markersize=1.5, markeredgewidth=0)
             axis.set_title(TITLES[descent.landscape.method].split("\n")[0], fontsize=4.5, pad=2, color=INK)
             _frame(axis)

@@ -20,10 +20,10 @@ from typing import Any
 
 from eqm_dist.data.storage import atomic_write
 from eqm_dist.errors import ConfigError, TrackingError
+from eqm_dist.run_directory import CONFIG_FILE, MLFLOW_FILE
 
 logger = logging.getLogger(__name__)
 
-ID_FILE = "mlflow.json"
 _STEP_TAG = "eqm_dist.step"
 _PARAM_LIMIT = 500  # characters; the server's limit has changed between versions
 
@@ -68,7 +68,7 @@ def open_run(
     Raises:
         TrackingError: the server does not answer, or no longer knows the run.
     """
-    record = run_directory / ID_FILE
+    record = run_directory / MLFLOW_FILE
     with _answers(tracking_uri, timeout_s) as client:
         known = json.loads(record.read_bytes()) if record.exists() else {}
         if known.get("tracking_uri") == tracking_uri:
@@ -85,7 +85,7 @@ def open_run(
             created = client.create_run(experiment_id, tags=tags)
             run = MlflowRun(tracking_uri, created.info.run_id, timeout_s)
             atomic_write(record, json.dumps(asdict(run)).encode())
-            client.log_text(run.run_id, config_yaml, "config.yaml")
+            client.log_text(run.run_id, config_yaml, CONFIG_FILE)
         logged = client.get_run(run.run_id).data.params
         for key, value in params.items():
             text = str(value)[:_PARAM_LIMIT]
@@ -121,11 +121,11 @@ def recorded_run(run_directory: Path) -> MlflowRun:
     Raises:
         ConfigError: the directory is not that of a run, or it was not recorded in MLflow.
     """
-    record = run_directory / ID_FILE
+    record = run_directory / MLFLOW_FILE
     if not record.exists():
         raise ConfigError(
             f"An MLflow run is known to the directory of a run that was trained with track.mlflow=true, and"
-            f" {run_directory} has no {ID_FILE}; correct the directory, or leave out --mlflow."
+            f" {run_directory} has no {MLFLOW_FILE}; correct the directory, or leave out --mlflow."
         )
     return MlflowRun(**json.loads(record.read_bytes()))
 

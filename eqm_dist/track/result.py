@@ -6,8 +6,7 @@ from typing import Any
 
 from eqm_dist.data.storage import atomic_write
 from eqm_dist.provenance import provenance
-
-RESULT_FILE = "result.json"
+from eqm_dist.run_directory import RESULT_FILE
 
 
 def write_result(run_directory: Path, result: dict[str, Any]) -> None:

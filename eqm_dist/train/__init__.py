@@ -1,1 +1,1 @@
-"""Training: the loop, its engines, the optimizer that carries the averages, and the checkpoints."""
+"""Training: the loop, its engines, the optimizer that carries the EMAs, and the checkpoints."""

@@ -1,8 +1,8 @@
 """Checkpoints that do not know how many workers wrote them, and exist only when they are whole.
 
     checkpoints/step_00000500/
-        state-0000-of-0002.safetensors   one per writing rank: fragments of fp32 weights, moments and averages
-        ema.safetensors                  the first average, whole: what sampling, evaluation and other tools read
+        state-0000-of-0002.safetensors   one per writing rank: fragments of fp32 weights, moments and EMAs
+        ema.safetensors                  the first EMA, whole: what sampling, evaluation and other tools read
         config.yaml                      the run that made it
         COMPLETE.json                    the marker, written last: step, and size and sha256 of every file
 
@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from eqm_dist.errors import CheckpointError, DamagedCheckpointError
+from eqm_dist.run_directory import step_name
 from eqm_dist.train.distributed import all_reduce_sum, from_rank_zero, gather_objects, rank, world_size
 from eqm_dist.train.engine import WEIGHT, Engine, Fragment
 from eqm_dist.train.state import TrainState
@@ -34,7 +35,6 @@ from eqm_dist.train.state import TrainState
 FORMAT = 1
 MARKER = "COMPLETE.json"
 EMA_FILE = "ema.safetensors"
-CONFIG_FILE = "config.yaml"
 
 Rule = Callable[[Sequence[int]], Collection[int]]
 """Which of the steps, given in order, are to be kept."""
@@ -42,17 +42,16 @@ Rule = Callable[[Sequence[int]], Collection[int]]
 logger = logging.getLogger(__name__)
 
 
-def whole_state(engine: Engine, shapes: Mapping[str, torch.Size], state: str) -> dict[str, Tensor]:
+def whole_state(engine: Engine, state: str) -> dict[str, Tensor]:
     """One state of every parameter, whole, on every rank, in host memory. A collective.
 
     Args:
         engine: the engine that holds the fragments.
-        shapes: shape of each trained parameter by name.
         state: ``weight``, ``exp_avg``, ``exp_avg_sq`` or ``ema_DECAY``.
     """
     fragments = {piece.name: piece for piece in engine.fragments() if piece.state == state}
     whole = {}
-    for name, shape in shapes.items():
+    for name, shape in engine.shapes.items():
         piece = fragments.get(name)
         if engine.replicated:
             assert piece is not None
@@ -82,7 +81,7 @@ class Checkpoints:
 
     def path(self, step: int) -> Path:
         """Directory of the checkpoint after ``step`` updates."""
-        return self.directory / f"step_{step:08d}"
+        return self.directory / step_name(step)
 
     def whole(self) -> list[Path]:
         """All whole checkpoints, oldest first. Only the marker counts."""
@@ -96,16 +95,13 @@ class Checkpoints:
         """The newest whole checkpoint."""
         return next(reversed(self.whole()), None)
 
-    def resume(
-        self, engine: Engine, shapes: Mapping[str, torch.Size], among: Callable[[int], bool] = lambda step: True
-    ) -> TrainState:
+    def resume(self, engine: Engine, among: Callable[[int], bool] = lambda step: True) -> TrainState:
         """Load the newest checkpoint that is not damaged, or begin at step 0 if there is none at all. A collective.
 
         Damaged ones that are newer are named in the log and set aside, so that their steps can be saved again.
 
         Args:
             engine: receives the state.
-            shapes: shape of each trained parameter by name.
             among: the steps that count.
 
         Raises:
@@ -115,7 +111,7 @@ class Checkpoints:
         damaged: list[tuple[Path, DamagedCheckpointError]] = []
         for path in reversed(found):
             try:
-                state = self.load(path, engine, shapes)
+                state = self.load(path, engine)
             except DamagedCheckpointError as error:
                 damaged.append((path, error))
                 continue
@@ -131,7 +127,7 @@ class Checkpoints:
             )
         return TrainState()
 
-    def load(self, path: Path, engine: Engine, shapes: Mapping[str, torch.Size]) -> TrainState:
+    def load(self, path: Path, engine: Engine) -> TrainState:
         """Overwrite the engine's state with a checkpoint's; returns the run's. A collective.
 
         Each rank reads only the ranges that it holds. What one of them finds damaged, all of them raise.
@@ -139,14 +135,13 @@ class Checkpoints:
         Args:
             path: the checkpoint.
             engine: receives its state.
-            shapes: shape of each trained parameter by name, to know a checkpoint of another model.
 
         Raises:
             DamagedCheckpointError: a file is missing or damaged; the engine's state is not to be used.
             CheckpointError: it is of another model, or lacks a state that the engine needs.
         """
         try:
-            outcome = _restore(path, engine, shapes)
+            outcome = _restore(path, engine)
         except CheckpointError as error:
             outcome = error
         failures = [other for other in gather_objects(outcome) if isinstance(other, CheckpointError)]
@@ -276,7 +271,7 @@ def read_whole(path: Path, state: str | None = None) -> dict[str, Tensor]:
 
     Args:
         path: the checkpoint.
-        state: ``weight``, ``ema_DECAY``, ...; None for the average that is exported.
+        state: ``weight``, ``ema_DECAY``, ...; None for the EMA that is exported.
 
     Raises:
         DamagedCheckpointError: a file is missing or damaged.
@@ -302,14 +297,14 @@ def read_whole(path: Path, state: str | None = None) -> dict[str, Tensor]:
     return whole
 
 
-def _restore(path: Path, engine: Engine, shapes: Mapping[str, torch.Size]) -> TrainState:
+def _restore(path: Path, engine: Engine) -> TrainState:
     """Fill this rank's fragments; returns the state of the run."""
     marker = read_marker(path)
     for name in sorted(marker["files"])[rank() :: world_size()]:
         verify_file(path, name, marker)
     try:
         pieces = read_pieces(path, marker["files"])
-        _check_model(pieces, shapes, path)
+        _check_model(pieces, engine.shapes, path)
         for fragment in engine.fragments():
             filled = fill(fragment, pieces[fragment.state, fragment.name])
             if filled != fragment.values.numel():

@@ -1,7 +1,7 @@
 """The DeepSpeed engine: ZeRO stages 0 to 3 behind the ``Engine`` interface.
 
 Only this file imports deepspeed. Its state is read and written through fragments, never through DeepSpeed's own
-checkpoints, which lose the averages or refuse another number of workers (docs/decisions/0004).
+checkpoints, which lose the EMAs or refuse another number of workers (docs/decisions/0004).
 """
 
 import os
@@ -18,7 +18,7 @@ from eqm_dist.errors import ConfigError
 from eqm_dist.train.distributed import rank, world_size
 from eqm_dist.train.engine import WEIGHT, Accepts, Fragment, Observe, Precision
 from eqm_dist.train.optimizer import EmaAdamW
-from eqm_dist.train.step import Objective
+from eqm_dist.train.step import ModelWithLoss
 
 
 def deepspeed_config(
@@ -63,7 +63,7 @@ def deepspeed_config(
         config["zero_optimization"] |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if offload:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        config["zero_force_ds_cpu_optimizer"] = False  # its own Adam keeps no averages
+        config["zero_force_ds_cpu_optimizer"] = False  # its own Adam keeps no EMA
     if precision == "bf16":
         # Autocast inside DeepSpeed; no module is named, so that gradients are still summed in fp32.
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
@@ -79,11 +79,11 @@ def _merged(config: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any
 
 
 class DeepSpeedEngine:
-    """An objective under ``deepspeed.initialize``."""
+    """Model and loss under ``deepspeed.initialize``."""
 
     def __init__(
         self,
-        objective: Objective,
+        module: ModelWithLoss,
         optimizer: EmaAdamW,
         *,
         device: torch.device,
@@ -107,7 +107,12 @@ class DeepSpeedEngine:
         self._stage = zero_stage
         self._clip = float("inf") if gradient_clip is None else gradient_clip
         # DeepSpeed hangs its own attributes on parameters, which no type knows of.
-        self._names: dict[Any, str] = {param: name for name, param in objective.trained_parameters().items()}
+        trained = module.trained_parameters()
+        self.shapes: dict[str, torch.Size] = {
+            name: param.shape for name, param in trained.items()
+        }  # stage 3 makes them empty
+        self.frozen = module.frozen_parameters()
+        self._names: dict[Any, str] = {param: name for name, param in trained.items()}
         self._base = optimizer
         config = deepspeed_config(
             parameters=sum(param.numel() for param in self._names),
@@ -121,7 +126,7 @@ class DeepSpeedEngine:
             more=more or {},
         )
         try:
-            engine, zero, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
+            engine, zero, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         except (DeepSpeedConfigError, ValidationError) as error:
             raise ConfigError(
                 f"engine.deepspeed must be what DeepSpeed {deepspeed.__version__} takes, got {dict(more or {})}, which"
@@ -132,7 +137,7 @@ class DeepSpeedEngine:
         optimizer.initialize_state(self._flat_weights())
 
     def losses(self, batch: Batch) -> Tensor:
-        """The wrapped objective."""
+        """The wrapped module."""
         return self._engine(batch)
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -172,7 +177,7 @@ class DeepSpeedEngine:
                 observe(place.name, place.cut(place.flat.grad).square().sum() * clipped**2)
 
     def fragments(self) -> list[Fragment]:
-        """This rank's piece of every weight, moment and average, as views into DeepSpeed's flat partitions."""
+        """This rank's piece of every weight, moment and EMA, as views into DeepSpeed's flat partitions."""
         pieces = []
         for place in self._places():
             pieces.append(Fragment(place.name, WEIGHT, place.start, place.cut(place.flat)))

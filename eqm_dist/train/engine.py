@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from eqm_dist.data.loader import Batch
 from eqm_dist.train.distributed import all_reduce_sum
 from eqm_dist.train.optimizer import EmaAdamW
-from eqm_dist.train.step import Objective
+from eqm_dist.train.step import ModelWithLoss
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Accepts = Callable[[float], bool]
@@ -48,6 +48,10 @@ class Engine(Protocol):
     device: torch.device
     replicated: bool
     """Whether every rank holds everything (then rank 0 alone saves) or its own fragments only."""
+    shapes: dict[str, torch.Size]
+    """Shape of each trained parameter, by its name in the model."""
+    frozen: dict[str, Tensor]
+    """The parameters that are not trained, in host memory."""
 
     def losses(self, batch: Batch) -> Tensor:
         """Loss of each sample [n], ready for ``backward``."""
@@ -58,7 +62,7 @@ class Engine(Protocol):
         ...
 
     def step(self, learning_rate: float, accepts: Accepts | None = None, observe: Observe | None = None) -> Tensor:
-        """Update weights and averages; returns the norm of the whole gradient before clipping.
+        """Update weights and EMAs; returns the norm of the whole gradient before clipping.
 
         Args:
             learning_rate: of this update.
@@ -84,7 +88,7 @@ class TorchEngine:
 
     def __init__(
         self,
-        objective: Objective,
+        module: ModelWithLoss,
         optimizer: EmaAdamW,
         *,
         device: torch.device,
@@ -92,17 +96,19 @@ class TorchEngine:
         gradient_clip: float | None = None,
     ) -> None:
         self.device = device
-        self._objective = objective
+        self._module = module
         self._optimizer = optimizer
         self._clip = float("inf") if gradient_clip is None else gradient_clip
         self._bf16 = precision == "bf16"
-        self._parameters = objective.trained_parameters()
+        self._parameters = module.trained_parameters()
+        self.shapes: dict[str, torch.Size] = {name: param.shape for name, param in self._parameters.items()}
+        self.frozen = module.frozen_parameters()
         optimizer.initialize_state(self._parameters.values())
 
     def losses(self, batch: Batch) -> Tensor:
-        """The objective, under bf16 autocast if so configured."""
+        """Under bf16 autocast if so configured."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
-            return self._objective(batch)
+            return self._module(batch)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulate locally; after the last micro-batch, sum over ranks."""

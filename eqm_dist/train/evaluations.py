@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eqm_dist.data.storage import atomic_write, storage_errors
+from eqm_dist.run_directory import step_name
 
 SCORE = "eval/fid"
 """What makes a checkpoint better than another: lower is better."""
@@ -83,7 +84,7 @@ class Evaluations:
         self._seen.update(steps)
 
     def _file(self, step: int) -> Path:
-        return self.directory / f"step_{step:08d}.json"
+        return self.directory / f"{step_name(step)}.json"
 
     def _write(self, step: int, record: Mapping[str, Any]) -> None:
         with storage_errors("create", self.directory):

@@ -1,11 +1,10 @@
 """The norm of the gradient by parts of the model: where a run that grows unstable does so first."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from eqm_dist.train.distributed import all_reduce_sum
+from eqm_dist.train.engine import Engine
 
 
 def group_of(parameter: str) -> str:
@@ -20,15 +19,13 @@ class GradientNorms:
     """Adds up squares of gradients, piece by piece, wherever the pieces of a parameter lie.
 
     Args:
-        parameters: names of all trained parameters.
-        device: of the sums.
-        replicated: whether every rank has all pieces, or its own only.
+        engine: whose gradient it is.
     """
 
-    def __init__(self, parameters: Sequence[str], device: torch.device, replicated: bool) -> None:
-        self._index = {group: at for at, group in enumerate(dict.fromkeys(map(group_of, parameters)))}
-        self._squares = torch.zeros(len(self._index), dtype=torch.float64, device=device)
-        self._replicated = replicated
+    def __init__(self, engine: Engine) -> None:
+        self._index = {group: at for at, group in enumerate(dict.fromkeys(map(group_of, engine.shapes)))}
+        self._squares = torch.zeros(len(self._index), dtype=torch.float64, device=engine.device)
+        self._replicated = engine.replicated
 
     def add(self, parameter: str, squares: Tensor) -> None:
         """Count the sum of squares, a scalar, of a piece of a parameter's gradient."""

@@ -59,7 +59,7 @@ class Tracker(Protocol):
 
 
 class Evaluation(Protocol):
-    """Measures averaged weights. A collective: every rank calls it with the same weights."""
+    """Measures EMA weights. A collective: every rank calls it with the same weights."""
 
     def __call__(self, weights: Mapping[str, Tensor], step: int) -> tuple[dict[str, float], list[Path]]:
         """Metrics, and the pictures that rank 0 wrote."""
@@ -76,11 +76,9 @@ class Run:
         schedule: learning rate by step.
         checkpoints: where state is saved.
         saver: saves it while training goes on.
-        evaluate: measures the averaged weights; None where nobody does, or a task apart.
+        evaluate: measures the EMA weights; None where nobody does, or a task apart.
         tracker: the record; None except on rank 0.
-        shapes: shape of each trained parameter.
-        frozen: parameters that are not trained, by name; evaluated beside the average.
-        ema_state: the average that is evaluated.
+        ema_state: the EMA that is evaluated.
         steps: number of updates in all.
         global_batch: samples per update over all ranks.
         grad_accum: micro-batches per update; the same on every rank.
@@ -102,8 +100,6 @@ class Run:
     saver: Saver
     evaluate: Evaluation | None
     tracker: Tracker | None
-    shapes: Mapping[str, torch.Size]
-    frozen: Mapping[str, Tensor]
     ema_state: str
     steps: int
     global_batch: int
@@ -124,9 +120,9 @@ class Run:
         """Whether something that happens every so many steps, and at the last one, happens now."""
         return self.state.step % every == 0 or self.state.step == self.steps
 
-    def averaged_weights(self) -> dict[str, Tensor]:
-        """The averaged model, whole, as a state dict in host memory. A collective."""
-        return {**self.frozen, **whole_state(self.engine, self.shapes, self.ema_state)}
+    def ema_weights(self) -> dict[str, Tensor]:
+        """The EMA model, whole, as a state dict in host memory. A collective."""
+        return {**self.engine.frozen, **whole_state(self.engine, self.ema_state)}
 
 
 def train(run: Run) -> None:
@@ -214,11 +210,11 @@ def _go_back(run: Run) -> None:
     assert guard is not None
     run.saver.settle()
     good = state.step - state.skipped_in_a_row
-    saved = run.checkpoints.resume(run.engine, run.shapes, lambda step: step <= good and step % run.save_every == 0)
+    saved = run.checkpoints.resume(run.engine, lambda step: step <= good and step % run.save_every == 0)
     if saved.step == 0 or state.rollbacks - saved.rollbacks == guard.max_rollbacks:
         raise NonFiniteLossError(
             f"The gradient was NaN, infinite or far too large in {guard.max_skips} updates in a row up to step"
-            f" {state.step:,}, and {_what_helped_not(run, saved)}. " + _ADVICE
+            f" {state.step:,}, and {_failed_remedies(run, saved)}. " + _ADVICE
         )
     if rank() == 0:
         logger.warning(
@@ -231,7 +227,7 @@ def _go_back(run: Run) -> None:
     state.go_back(saved)
 
 
-def _what_helped_not(run: Run, saved: TrainState) -> str:
+def _failed_remedies(run: Run, saved: TrainState) -> str:
     if saved.step == 0:
         return "there is no checkpoint of an earlier step"
     tries = run.state.rollbacks - saved.rollbacks
@@ -282,7 +278,7 @@ def _report(run: Run, interval: Interval) -> None:
 def _evaluate(run: Run) -> None:
     assert run.evaluate is not None
     started = time.perf_counter()
-    metrics, pictures = run.evaluate(run.averaged_weights(), run.state.step)
+    metrics, pictures = run.evaluate(run.ema_weights(), run.state.step)
     if run.tracker is not None:
         run.evaluations.write(run.state.step, metrics, pictures, time.perf_counter() - started)
         log_evaluations(run.evaluations, run.tracker)

@@ -19,14 +19,9 @@ from typing import BinaryIO
 
 from eqm_dist.data.storage import Folder, atomic_write, open_folder, storage_errors, whole_file
 from eqm_dist.errors import CheckpointError, StorageError
+from eqm_dist.run_directory import CHECKPOINTS, MLFLOW_FILE, is_report
 from eqm_dist.train.checkpoint import MARKER, Checkpoints, parse_marker, step_of
 
-REPORT = re.compile(
-    r"config\.yaml|manifest(-\d+)?\.json|(metrics|attempts)\.jsonl|result\.json|samples/[^/]+\.png|evaluations/step_\d+\.json"
-)
-"""What belongs to a run beside its checkpoints."""
-RECORD = "mlflow.json"
-"""Where the run is recorded; copied too, but only the driver can tell whether that is of use elsewhere."""
 STEP = re.compile(r"step_\d+")
 TRANSFERS = 4
 """Files copied or fetched at once."""
@@ -47,9 +42,9 @@ class Mirror:
         DataError: ``location`` is another kind of URL.
     """
 
-    def __init__(self, location: str, directory: Path, checkpoints: Checkpoints, deadline_s: float) -> None:
+    def __init__(self, location: str, directory: Path, checkpoints: Checkpoints, deadline_s: float | None) -> None:
         self.reports: Folder = open_folder(location, deadline_s=deadline_s)
-        self._places: Folder = open_folder(f"{location}/checkpoints", deadline_s=deadline_s)
+        self._places: Folder = open_folder(f"{location}/{CHECKPOINTS}", deadline_s=deadline_s)
         self._directory = directory
         self._checkpoints = checkpoints
         self._lock = threading.Lock()
@@ -134,7 +129,7 @@ class Mirror:
     def _copy_reports(self) -> None:
         for path in [*self._directory.glob("*"), *self._directory.glob("*/*")]:
             name = path.relative_to(self._directory).as_posix()
-            if not REPORT.fullmatch(name) and name != RECORD:
+            if not is_report(name) and name != MLFLOW_FILE:  # only the driver can tell of what use that is elsewhere
                 continue
             with storage_errors("read", path):
                 status = path.stat()
@@ -238,7 +233,7 @@ class Mirror:
     def _fetch_reports(self) -> None:
         for name in self.reports.walk():
             path = self._directory / name
-            if REPORT.fullmatch(name):
+            if is_report(name):
                 with storage_errors("create", path.parent):
                     path.parent.mkdir(parents=True, exist_ok=True)
                 atomic_write(path, self.reports.read(name))

@@ -1,6 +1,6 @@
-"""AdamW whose state includes the exponential moving averages of the weights.
+"""AdamW whose state includes the exponential moving averages (EMA) of the weights.
 
-ZeRO shards, offloads and saves whatever the optimizer keeps per parameter, so the averages cost 4 bytes a parameter
+ZeRO shards, offloads and saves whatever the optimizer keeps per parameter, so the EMAs cost 4 bytes a parameter
 over all workers together and need no second copy of the model (docs/decisions/0002).
 """
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def ema_key(decay: float) -> str:
-    """Name of the optimizer state that averages with this decay: ``ema_0.9999``."""
+    """Name of the optimizer state of the EMA with this decay: ``ema_0.9999``."""
     return f"ema_{decay}"
 
 
@@ -19,7 +19,7 @@ class EmaAdamW(torch.optim.AdamW):
     """AdamW (Loshchilov & Hutter, 2019) that updates ``ema <- decay * ema + (1 - decay) * weight`` after each step.
 
     State per parameter, in the parameter's dtype: ``step``, ``exp_avg``, ``exp_avg_sq`` and one ``ema_DECAY`` for each
-    of ``ema_decays``. An average starts at the weight's initial value, as in the official code.
+    of ``ema_decays``. An EMA starts at the weight's initial value, as in the official code.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class EmaAdamW(torch.optim.AdamW):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         self.ema_decays = tuple(ema_decays)
         self.accepts: Callable[[Sequence[Tensor]], bool] = lambda params: True
-        """Asked before every update of ``params``; if it says no, weights, moments and averages stay as they are."""
+        """Asked before every update of ``params``; if it says no, weights, moments and EMAs stay as they are."""
 
     @property
     def state_keys(self) -> tuple[str, ...]:
@@ -43,7 +43,7 @@ class EmaAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def initialize_state(self, params: Iterable[Tensor]) -> None:
-        """Create the state of those ``params`` that have none yet; the averages start at the weights."""
+        """Create the state of those ``params`` that have none yet; the EMAs start at the weights."""
         for param in params:
             state = self.state[param]  # DeepSpeed touches this default dict early: an empty state is no state
             if state:
@@ -65,5 +65,5 @@ class EmaAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             for decay in self.ema_decays if params else ():
-                averages = [self.state[param][ema_key(decay)] for param in params]
-                torch._foreach_lerp_(averages, params, 1 - decay)
+                emas = [self.state[param][ema_key(decay)] for param in params]
+                torch._foreach_lerp_(emas, params, 1 - decay)

@@ -2,7 +2,7 @@
 
     training     begin | forward, backward | update | train on ...                      | settle: tell who waits for it
     copying            | this rank's state |
-    background                             | write, hash, sync this rank's file | rank 0: average, config, marker
+    background                             | write, hash, sync this rank's file | rank 0: EMA, config, marker
 
 The state changes only in an update, so its copy overlaps with the passes before the next one. Ranks agree in the
 background through a process group of its own, for the training threads use the default one at the same time
@@ -29,7 +29,8 @@ from torch import Tensor
 
 from eqm_dist.data.storage import atomic_write, fsync_directory, storage_errors, whole_file
 from eqm_dist.errors import EqmDistError, StorageError
-from eqm_dist.train.checkpoint import CONFIG_FILE, EMA_FILE, FORMAT, MARKER, Checkpoints, fill, read_pieces, remove
+from eqm_dist.run_directory import CONFIG_FILE
+from eqm_dist.train.checkpoint import EMA_FILE, FORMAT, MARKER, Checkpoints, fill, read_pieces, remove
 from eqm_dist.train.distributed import background_group, from_rank_zero, gather_objects, rank, world_size
 from eqm_dist.train.engine import Engine, Fragment
 from eqm_dist.train.state import TrainState
@@ -53,9 +54,7 @@ class Saver:
     Args:
         checkpoints: where they go.
         engine: holds the state.
-        shapes: shape of each trained parameter by name.
-        frozen: parameters that are not trained, by name; exported beside the average.
-        ema_state: the average that is exported whole.
+        ema_state: the EMA that is exported whole.
         config: the run's config as YAML, kept beside every checkpoint.
         max_failed: saves in a row that may fail before the run ends.
         on_whole: called on rank 0 in the background with each checkpoint that is whole; must return at once.
@@ -67,8 +66,6 @@ class Saver:
         checkpoints: Checkpoints,
         engine: Engine,
         *,
-        shapes: Mapping[str, torch.Size],
-        frozen: Mapping[str, Tensor],
         ema_state: str,
         config: str,
         max_failed: int,
@@ -77,8 +74,6 @@ class Saver:
     ) -> None:
         self._checkpoints = checkpoints
         self._engine = engine
-        self._shapes = shapes
-        self._frozen = frozen
         self._ema_state = ema_state
         self._config = config
         self._max_failed = max_failed
@@ -251,25 +246,25 @@ class Saver:
         return write_tensors(path / f"state-{rank():04d}-of-{writers:04d}.safetensors", shapes, self._host.values())
 
     def _complete(self, path: Path, state: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
-        """What makes the ranks' files a checkpoint: the whole average, the config, and the marker, last."""
+        """What makes the ranks' files a checkpoint: the whole EMA, the config, and the marker, last."""
         if rank() > 0:
             return {}
-        shapes = {**{name: values.shape for name, values in self._frozen.items()}, **self._shapes}
-        average = write_tensors(path / EMA_FILE, shapes, self._average(path, list(files)))
+        shapes = {**{name: values.shape for name, values in self._engine.frozen.items()}, **self._engine.shapes}
+        ema = write_tensors(path / EMA_FILE, shapes, self._ema(path, list(files)))
         content = self._config.encode()
         atomic_write(path / CONFIG_FILE, content)
         config = {CONFIG_FILE: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
         marker = {"format": FORMAT, "step": state["step"], "world_size": world_size(), "state": state,
-                  "files": files | average | config}  # fmt: skip
+                  "files": files | ema | config}  # fmt: skip
         atomic_write(path / MARKER, json.dumps(marker, indent=1).encode())
         return {}
 
-    def _average(self, path: Path, files: Sequence[str]) -> Iterator[Tensor]:
-        """The averaged model, one parameter after the other, from the files of all ranks."""
-        yield from self._frozen.values()
+    def _ema(self, path: Path, files: Sequence[str]) -> Iterator[Tensor]:
+        """The EMA model, one parameter after the other, from the files of all ranks."""
+        yield from self._engine.frozen.values()
         with storage_errors("read", path):
             pieces = read_pieces(path, files)
-            for name, shape in self._shapes.items():
+            for name, shape in self._engine.shapes.items():
                 whole = Fragment(name, self._ema_state, 0, torch.empty(shape.numel()))
                 filled = fill(whole, pieces[self._ema_state, name])
                 assert filled == shape.numel(), f"{filled} of {shape.numel()} elements of {name}"

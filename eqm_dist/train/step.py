@@ -19,8 +19,8 @@ SampleLoss = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class TrainingStep:
-    """Turns a batch into per-sample losses.
+class BatchLoss:
+    """Draws what is random of a batch, and gives the loss of each of its samples.
 
     Attributes:
         loss: the objective, per sample.
@@ -57,14 +57,14 @@ class TrainingStep:
         return self.loss(model, latents, labels, gamma=gamma, noise=noise)
 
 
-class Objective(nn.Module):
+class ModelWithLoss(nn.Module):
     """Model and loss as one module: batch -> loss of each sample [n].
 
     Engines wrap this rather than the model, so that all that a loss does with its model lies inside one forward pass:
     the inner derivative of an explicit energy must not meet the hooks that DeepSpeed puts on a forward pass's output.
     """
 
-    def __init__(self, model: nn.Module, loss: TrainingStep) -> None:
+    def __init__(self, model: nn.Module, loss: BatchLoss) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
@@ -76,3 +76,8 @@ class Objective(nn.Module):
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by their names in the model."""
         return {name: param for name, param in self.model.named_parameters() if param.requires_grad}
+
+    def frozen_parameters(self) -> dict[str, Tensor]:
+        """Copies in host memory of those that it does not change."""
+        parameters = self.model.named_parameters()
+        return {name: param.detach().cpu().clone() for name, param in parameters if not param.requires_grad}

@@ -1,6 +1,6 @@
-"""What evaluation apart costs the training: images per second with and without one in flight, in turns.
+"""What asynchronous evaluation costs the training: images per second with and without one in flight, in turns.
 
-python -m benchmarks.bench_evaluation_apart --out benchmarks/results/evaluation_apart_....json [--pairs 3]
+python -m benchmarks.bench_asynchronous_evaluation --out benchmarks/results/asynchronous_evaluation_....json [--pairs 3]
 
 One worker on one core, the evaluation on another, the digits model. The evaluation has more to do than the training
 lasts, so that one is always in flight from the first checkpoint on; throughput is the median over the intervals after
@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 
 from benchmarks.bench_loader import commit, cpu_name
+from eqm_dist.run_directory import METRICS_FILE, RESULT_FILE
 from eqm_dist.track.jsonl import read_metrics
 
 STEPS, FIRST = 200, 40
@@ -35,9 +36,9 @@ FLAGS = {
 }  # fmt: skip
 CASES: dict[str, dict[str, object]] = {
     "alone": {},
-    "evaluation apart": {
-        "evaluation.apart": "true", "evaluation.every": 20, "evaluation.samples": 20_000,
-        "evaluation.sampler.evaluations": 240,
+    "asynchronous evaluation": {
+        "evaluation.asynchronous": "true", "evaluation.every": 20, "evaluation.samples": 20_000,
+        "sampler.nfe": 240,
     },
     "busy neighbour": {},
 }  # fmt: skip
@@ -65,7 +66,7 @@ def measure(case: str) -> dict[str, Any]:
         run = subprocess.Popen(
             [sys.executable, "pipelines/train.py", *texts], env=environment, stdout=subprocess.DEVNULL
         )
-        result = Path(directory) / "bench" / "result.json"
+        result = Path(directory) / "bench" / RESULT_FILE
         in_flight = 0
         try:
             while not result.exists():
@@ -80,7 +81,7 @@ def measure(case: str) -> dict[str, Any]:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
             psutil.wait_procs(psutil.Process().children(recursive=True), timeout=20)
-        lines = [line for line in read_metrics(result.parent / "metrics.jsonl") if line["step"] > FIRST]
+        lines = [line for line in read_metrics(result.parent / METRICS_FILE) if line["step"] > FIRST]
     speeds = [line["throughput/images_per_s"] for line in lines if "throughput/images_per_s" in line]
     return {"images_per_s": statistics.median(speeds), "intervals": len(speeds), "seen_in_flight": in_flight}
 
@@ -106,7 +107,7 @@ def main() -> None:
         for case in CASES
     }
     record = {
-        "command": f"python -m benchmarks.bench_evaluation_apart --pairs {options.pairs}",
+        "command": f"python -m benchmarks.bench_asynchronous_evaluation --pairs {options.pairs}",
         "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "hardware": {"cpu": cpu_name(), "cores": os.cpu_count()},

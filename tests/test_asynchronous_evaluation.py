@@ -1,4 +1,4 @@
-"""Evaluation apart: the same figures as in the workers, and nothing that happens to it harms the training."""
+"""Asynchronous evaluation: the same figures as in the workers, and nothing that happens to it harms the training."""
 
 import json
 import os
@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from eqm_dist.config import with_overrides
 from eqm_dist.errors import ConfigError, LaunchError
+from eqm_dist.options import with_overrides
 from eqm_dist.presets import digits
 from eqm_dist.track.jsonl import read_metrics
 from eqm_dist.train.evaluations import Evaluations
@@ -33,11 +33,11 @@ FLAGS = {
     "evaluation.every": 20,
     "evaluation.samples": 64,
     "evaluation.grid_columns": 2,
-    "evaluation.sampler.evaluations": 4,
+    "sampler.nfe": 4,
     "launch.workers": 1,
     "launch.cpus_per_worker": 1,
 }
-APART = {"evaluation.apart": "true"}
+APART = {"evaluation.asynchronous": "true"}
 
 
 def command(root: Path, **extra: object) -> list[str]:
@@ -133,7 +133,7 @@ def test_what_a_killed_driver_left_unevaluated_is_evaluated_by_the_next(
     tmp_path: Path, local_cluster_env: dict[str, str]
 ) -> None:
     # Evaluations that take far longer than the training: the driver dies waiting for them, all steps made.
-    slow = {**APART, "evaluation.samples": 2000, "evaluation.sampler.evaluations": 60}
+    slow = {**APART, "evaluation.samples": 2000, "sampler.nfe": 60}
     first = subprocess.Popen(
         command(tmp_path, **slow), cwd=REPOSITORY, env=local_cluster_env, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -163,33 +163,37 @@ def test_what_a_killed_driver_left_unevaluated_is_evaluated_by_the_next(
         ({"evaluation.every": 0}, "no effect with evaluation.every=0"),
         ({"launch.launcher": "local"}, "needs a Ray task"),
         ({"evaluation.every": 30, "checkpoint.every": 20}, "must be a multiple of checkpoint.every=20"),
-        ({"evaluation.apart": False, "evaluation.cpus": 2}, "cpus=2 has no effect with apart=false"),
+        ({"evaluation.asynchronous": False, "evaluation.cpus": 2}, "cpus has no effect with asynchronous=false"),
     ],
 )
 def test_what_cannot_take_effect_is_refused(overrides: dict[str, object], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        with_overrides(digits(), {"evaluation.apart": True, **overrides})
+        with_overrides(digits(), {"evaluation.asynchronous": True, **overrides})
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
     ("resources", "asked", "expected"),
     [
-        ({"CPU": 2.0}, (None, None, 1), (1, 1, False, 1)),
-        ({"CPU": 8.0}, (None, None, 2), (4, 1, False, 2)),
-        ({"CPU": 16.0, "GPU": 4.0}, (None, None, 4), (3, 4, True, 4)),
-        ({"CPU": 16.0, "GPU": 4.0}, (None, None, 0), (4, 4, True, 0)),
+        ({"CPU": 2.0}, ("auto", "auto", 1), (1, 1, False, 1)),
+        ({"CPU": 8.0}, ("auto", "auto", 2), (4, 1, False, 2)),
+        ({"CPU": 16.0, "GPU": 4.0}, ("auto", "auto", 4), (3, 4, True, 4)),
+        ({"CPU": 16.0, "GPU": 4.0}, ("auto", "auto", 0), (4, 4, True, 0)),
         # Room for the fewest is enough for an elastic run, whose workers do not share what will not stay as it is.
-        ({"CPU": 2.0}, ((2, 8), None, 0), ((2, 8), 1, False, 0)),
+        ({"CPU": 2.0}, ((2, 8), "auto", 0), ((2, 8), 1, False, 0)),
         (
             {"CPU": 2.0},
-            ((2, 8), None, 1),
+            ((2, 8), "auto", 1),
             r"launch.workers=\[2, 8\] with 1 CPUs each must fit the 1 CPUs",
         ),
-        ({"CPU": 16.0, "GPU": 1.0}, ((2, 8), None, 0), r"launch.workers=\[2, 8\] must be from 1 to the 1 GPUs"),
-        ({"CPU": 2.0}, (2, 1, 1), "must fit the 1 CPUs of the cluster beside the evaluation apart"),
-        ({"CPU": 8.0, "GPU": 1.0}, (None, None, 1), "from 1 to the 0 GPUs of the cluster beside the evaluation apart"),
-        ({"CPU": 1.0}, (None, None, 1), "must fit the 0 CPUs of the cluster beside the evaluation apart"),
+        ({"CPU": 16.0, "GPU": 1.0}, ((2, 8), "auto", 0), r"launch.workers=\[2, 8\] must be from 1 to the 1 GPUs"),
+        ({"CPU": 2.0}, (2, 1, 1), "must fit the 1 CPUs of the cluster beside the asynchronous evaluation"),
+        (
+            {"CPU": 8.0, "GPU": 1.0},
+            ("auto", "auto", 1),
+            "from 1 to the 0 GPUs of the cluster beside the asynchronous evaluation",
+        ),
+        ({"CPU": 1.0}, ("auto", "auto", 1), "must fit the 0 CPUs of the cluster beside the asynchronous evaluation"),
     ],
 )
 def test_the_evaluation_has_its_resources_before_the_workers(

@@ -1,4 +1,4 @@
-"""Evaluation apart: a Ray task measures each checkpoint that is due, on resources of its own, while training goes on.
+"""Asynchronous evaluation: a Ray task measures each checkpoint that is due, while training goes on.
 
 Ray Train starts it for a report with ``validation=True``, one at a time, and waits for the last one at the end of a
 run. Where the process of such a task dies, Ray 2.60 ends the training, so the task only waits for another one that
@@ -17,10 +17,7 @@ from ray.train import Checkpoint, ValidationConfig, ValidationTaskConfig
 from safetensors.torch import load_file
 
 from eqm_dist.build import (
-    EVALUATIONS,
-    METRICS_FILE,
     OpenRun,
-    build_checkpoints,
     build_data,
     build_evaluator,
     open_tracker,
@@ -28,6 +25,7 @@ from eqm_dist.build import (
 from eqm_dist.data.loader import ShardReader
 from eqm_dist.launch.packed import pack, unpack
 from eqm_dist.launch.ray_cluster import Offer
+from eqm_dist.run_directory import EVALUATIONS, METRICS_FILE
 from eqm_dist.track.jsonl import last_values
 from eqm_dist.track.result import read_result, write_result
 from eqm_dist.train.checkpoint import EMA_FILE, step_of
@@ -37,9 +35,9 @@ TRIES = 3
 """Times that an evaluation is begun when the machine or the process under it dies."""
 
 
-def evaluation_apart(opened: OpenRun, offered: Offer) -> ValidationConfig | None:
+def asynchronous_evaluation(opened: OpenRun, offered: Offer) -> ValidationConfig | None:
     """What Ray Train needs to evaluate checkpoints apart; None where the workers do it, or nobody."""
-    if not opened.config.evaluation.apart:
+    if not opened.config.evaluation.asynchronous:
         return None
     resources = {"num_cpus": offered.evaluation_cpus, "num_gpus": int(offered.use_gpu)}
     task = ValidationTaskConfig(fn_kwargs={"packed": pack(opened), "resources": resources})
@@ -48,11 +46,10 @@ def evaluation_apart(opened: OpenRun, offered: Offer) -> ValidationConfig | None
 
 def finish_evaluations(opened: OpenRun) -> None:
     """Bring the evaluations that ended after the last step into the record and the result, and keep the best."""
-    checkpoints, evaluations = build_checkpoints(opened)
-    tracker = open_tracker(opened, evaluations, opened.config.train.steps)
-    log_evaluations(evaluations, tracker)
+    tracker = open_tracker(opened, opened.config.train.steps)
+    log_evaluations(opened.evaluations, tracker)
     tracker.finish()
-    checkpoints.retire()
+    opened.checkpoints.retire()
     result = read_result(opened.directory)
     assert result is not None
     write_result(opened.directory, {**result, "metrics": last_values(opened.directory / METRICS_FILE)})
@@ -65,7 +62,7 @@ def _guarded(checkpoint: Checkpoint, **task: Any) -> dict[str, float]:
         return ray.get(_evaluate.options(**task["resources"], max_retries=TRIES - 1).remote(task["packed"], step))
     except Exception as error:  # whatever it is, the training is worth more
         reason = next(iter(str(error).strip().splitlines()[-1:]), type(error).__name__)
-        build_checkpoints(opened)[1].fail(step, reason)
+        opened.evaluations.fail(step, reason)
         return {"failed": 1.0}
 
 
@@ -74,13 +71,12 @@ def _evaluate(packed: dict[str, Any], step: int) -> dict[str, float]:
     if sys.platform == "linux":  # where training has more threads than cores, it goes first
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     opened = unpack(packed)
-    checkpoints, evaluations = build_checkpoints(opened)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = time.perf_counter()
     reader, _ = build_data(opened.config)
     assert isinstance(reader, ShardReader)  # a mixture is not evaluated
     cache = str(opened.directory / EVALUATIONS)  # the real images are measured once, and not by every task
     evaluator = build_evaluator(opened.config, opened.directory, reader, device, cache)
-    metrics, pictures = evaluator(load_file(checkpoints.path(step) / EMA_FILE), step)
-    evaluations.write(step, metrics, pictures, time.perf_counter() - started)
+    metrics, pictures = evaluator(load_file(opened.checkpoints.path(step) / EMA_FILE), step)
+    opened.evaluations.write(step, metrics, pictures, time.perf_counter() - started)
     return metrics
