@@ -173,7 +173,7 @@ def test_options_of_s3_are_refused_for_local_shards(tmp_path: Path, local: Path)
     for option in ({"data.cache_dir": "x"}, {"data.cache_gib": 1}, {"data.deadline_s": 1}):
         code, err = train(tmp_path, local, **option)
         assert code == 2
-        assert "has no effect on shards that are not on s3://" in err
+        assert "has no effect without shards on s3://" in err
 
 
 def test_a_cache_too_small_for_two_windows_is_refused(

@@ -142,7 +142,7 @@ def test_a_run_resumes_on_any_engine_and_any_number_of_workers(
     runs = []
     for saved, resumed in pairs:
         _copy_run(half_done, tmp_path, saved)
-        runs.append(open_run(config(tmp_path, saved, **ENGINES[resumed])))
+        runs.append(open_run(config(tmp_path, saved, **{"engine.kind": "deepspeed", **ENGINES[resumed]})))
     curves = run_ranks(world, run_engines, runs, None)[0]
     for (saved, resumed), curve in zip(pairs, curves, strict=True):
         assert_same(curve, reference, f"{saved} on 2 workers, then {resumed} on {world}")

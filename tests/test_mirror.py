@@ -150,7 +150,7 @@ def test_a_mirror_of_another_run_is_refused_before_anything_is_fetched(
     s3.use(monkeypatch, endpoint)
     url = f"s3://{s3.BUCKET}/other"
     assert run(tmp_path, shards, url, **{"run.seed": 1}).code == 0
-    refused = run(tmp_path / "new", shards, url)
+    refused = run(tmp_path / "new", shards, url, **{"run.seed": 0})
     assert refused.code == 2
     assert "run.seed was 1 when the run tiny started and is now 0" in refused.err
     assert f"or delete {url}/tiny to start this one over" in refused.err
@@ -408,7 +408,7 @@ def test_an_option_without_effect_is_refused(tmp_path: Path, shards: Path) -> No
     for mirror in (None, str(tmp_path / "mirror")):
         refused = run(tmp_path, shards, mirror, **{"checkpoint.mirror_deadline_s": 5})
         assert refused.code == 2
-        assert "mirror_deadline_s has no effect on a mirror that is not on s3://" in refused.err
+        assert "mirror_deadline_s has no effect without a mirror on s3://" in refused.err
     refused = run(tmp_path, shards, "gs://bucket/x")
     assert refused.code == 2
     assert "must be a local path, received the gs: URL" in refused.err

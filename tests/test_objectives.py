@@ -43,10 +43,9 @@ def test_an_objective_trains_and_differs_from_the_default(
 def test_the_zero_field_costs_what_each_objective_says(shards: Path, tmp_path: Path) -> None:
     # At the first step the field is 0, so the loss is the mean of |latents - noise|^2 c(gamma)^2 w(gamma).
     plain = losses(tmp_path / "a", shards)[0]
-    # A floor of lambda caps c from below everywhere: the weight is 1 / lambda^2 for every gamma.
-    flat = losses(tmp_path / "b", shards, **{"objective.weighting.kind": "relative", "objective.weighting.floor": 4.0})[
-        0
-    ]
+    # A floor at lambda itself caps c from below everywhere: the weight is 1 / lambda^2 for every gamma.
+    relative = {"objective.weighting.kind": "relative", "objective.weighting.floor": 1.0}
+    flat = losses(tmp_path / "b", shards, **relative)[0]
     assert flat == pytest.approx(plain / 16, rel=1e-6)
     # The pace of the path that brakes at a is the truncated decay with lambda = 2 / (1 + a).
     stopping = losses(tmp_path / "c", shards, **{"objective.kind": "self_stopping"})[0]

@@ -20,7 +20,7 @@ from eqm_dist.pretrained import newest_run
 from pipelines.export import main as export_main
 from tests import tiny
 
-SAMPLER = {"sampler": {"name": "gd", "step_size": 0.1, "nfe": 3}}
+SAMPLER = {"sampler.name": "gd", "sampler.step_size": 0.1, "sampler.nfe": 3}
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +65,12 @@ def test_an_older_checkpoint_holds_older_weights(root: Path) -> None:
 
 def test_the_sampler_can_be_changed(root: Path) -> None:
     model = eqm_dist.load(root / "tiny")
-    ours = model.sample([0], name="gd", momentum=None, step_size=0.1, nfe=3)
-    assert torch.equal(ours, eqm_dist.load(root / "tiny", overrides=_flat(SAMPLER)).sample([0]))
-    with pytest.raises(ConfigError, match="momentum has no effect on gd"):
-        model.sample([0], name="gd")
-    with pytest.raises(ConfigError, match=r"did you mean sampler.nfe"):
-        model.sample([0], evaluation=3)
+    ours = model.sample([0], name="gd", step_size=0.1, nfe=3)
+    assert torch.equal(ours, eqm_dist.load(root / "tiny", overrides=SAMPLER).sample([0]))
+    with pytest.raises(ConfigError, match="momentum has no effect with name=gd"):
+        model.sample([0], name="gd", momentum=0.3)
+    with pytest.raises(ConfigError, match=r"did you mean sampler.step_size"):
+        model.sample([0], stepsize=3)
 
 
 def test_labels_outside_the_model_are_refused(root: Path) -> None:
@@ -87,7 +87,7 @@ def test_an_official_checkpoint_loads_with_its_sizes(tmp_path: Path, wrap: str) 
         arguments = argparse.Namespace(model="EqM-B/2", num_classes=10)
         content = {"model": raw.state_dict(), "ema": ema.state_dict(), "opt": {}, "args": arguments}
     torch.save(content, tmp_path / "official.pt")
-    overrides = {"model.num_heads": 4, **_flat(SAMPLER)}
+    overrides = {"model.num_heads": 4, **SAMPLER}
     model = eqm_dist.load(tmp_path / "official.pt", autoencoder="identity", overrides=overrides)
     assert model.config.model.learn_sigma
     assert model.config.data.latent_shape == (4, 8, 8)
@@ -175,9 +175,3 @@ def test_an_export_says_what_it_is(root: Path, tmp_path: Path, capsys: pytest.Ca
     parse(Config, yaml.safe_load((out / "config.yaml").read_text()))
     with pytest.raises(ConfigError, match="holds files; name another"):
         export_main(["--model", str(root / "tiny"), "--out", str(out)])
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    from eqm_dist.config import flatten
-
-    return {**flatten(values), "sampler.momentum": None}

@@ -159,8 +159,8 @@ def test_adaptive_compute_is_shown_and_trouble_told(
 
 def test_what_cannot_be_drawn_is_said_before_anything_is_written(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(ConfigError, match="momentum has no effect on gd"):
-        main(["--model", str(run), "--out", str(out), "--sampler.name", "gd", *LOCAL])
+    with pytest.raises(ConfigError, match="momentum has no effect with name=gd"):
+        main(["--model", str(run), "--out", str(out), "--sampler.name", "gd", "--sampler.momentum", "0.3", *LOCAL])
     with pytest.raises(ConfigError, match="must be a whole number of at least 1, got 0"):
         main(["--model", str(run), "--out", str(out), "--samples", "0", *LOCAL])
     with pytest.raises(ConfigError, match="--labels must be"):
