@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field
 from pydantic_core import PydanticCustomError
 
 from eqm_dist.errors import ConfigError
+from eqm_dist.metric_settings import MetricName
 from eqm_dist.options import (
     REQUIRED,
     Axis,
@@ -530,7 +531,7 @@ class EvaluationConfig(Section, marks=(Resumable,)):
     """Evaluate saved checkpoints in a Ray task, on resources that training leaves free, while training goes on."""
     cpus: Annotated[PositiveInt | None, Only("asynchronous", (True,), 1)] = None
     """CPUs of that task, which also gets a GPU if the workers have any."""
-    metrics: tuple[Literal["fid", "sfid", "kid", "is", "precision", "recall"], ...] = ("fid",)
+    metrics: tuple[MetricName, ...] = ("fid",)
     """What is measured, fid among it; the others need evaluation.asynchronous=true, or launch.launcher=local."""
     samples: PositiveInt = 1797
     """Images generated for the metrics, balanced over the classes."""

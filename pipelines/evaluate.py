@@ -16,8 +16,8 @@ from pathlib import Path
 from eqm_dist import cli
 from eqm_dist.errors import ConfigError
 from eqm_dist.logs import setup_logging
+from eqm_dist.metric_settings import METRIC_NAMES, MetricSettings
 
-METRICS = ("fid", "sfid", "kid", "is", "precision", "recall")
 MODEL_FLAGS = ("model", "autoencoder", "samples", "labels", "seed")
 SAMPLES = 50_000
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
         help="images, an ADM or pytorch-fid .npz, or a file of --save-reference (default: the model's training data)",
     )  # fmt: skip
     parser.add_argument(
-        "--metrics", default="fid", metavar="LIST", help=f"of {','.join(METRICS)} (default: %(default)s)"
+        "--metrics", default="fid", metavar="LIST", help=f"of {','.join(METRIC_NAMES)} (default: %(default)s)"
     )
     parser.add_argument(
         "--extractor", metavar="NAME",
@@ -52,8 +52,16 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--extractor-weights", metavar="FILE", help="of inception (default: fetched at first use)")
     parser.add_argument("--resolution", type=cli.count, metavar="N", help="crop image files to the centre NxN")
     parser.add_argument("--channels", type=int, choices=[1, 3], help="read image files as grey or RGB")
-    parser.add_argument("--kid-subsets", type=cli.count, default=100, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--kid-subset-size", type=cli.count, default=1000, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--kid-subsets", type=cli.count, default=MetricSettings.kid_subsets, metavar="N", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--kid-subset-size",
+        type=cli.count,
+        default=MetricSettings.kid_subset_size,
+        metavar="N",
+        help="(default: %(default)s)",
+    )
     parser.add_argument(
         "--save-reference", metavar="FILE", help="keep the statistics of the reference as FILE.safetensors"
     )
@@ -76,7 +84,6 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"--save-reference must end in .safetensors, received {options.save_reference}; rename it.")
 
     from eqm_dist.evaluate.record import append_records, table
-    from eqm_dist.evaluate.statistics import MetricSettings
     from eqm_dist.launch.evaluation import Judge, extractor_of, reference_of
     from eqm_dist.pretrained import load, newest_run
     from eqm_dist.track.mlflow import log_metrics, recorded_run

@@ -17,10 +17,11 @@ from PIL import Image
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.features import load_digit_classifier
 from eqm_dist.evaluate.metrics import FeatureMoments, frechet_distance
-from eqm_dist.evaluate.statistics import MetricSettings, compute, image_statistics, parts_of
+from eqm_dist.evaluate.statistics import compute, image_statistics, parts_of
 from eqm_dist.evaluate.train_classifier import digits
+from eqm_dist.metric_settings import METRIC_NAMES, MetricSettings
 from eqm_dist.track.mlflow import MlflowRun
-from pipelines.evaluate import METRICS, main
+from pipelines.evaluate import main
 from pipelines.sample import main as sample
 from tests import tiny
 
@@ -73,7 +74,7 @@ def test_figures_of_images_are_those_of_their_pixels(tmp_path: Path) -> None:
     for index, image in enumerate(images[:300].numpy()):
         Image.fromarray(image[..., 0]).save(tmp_path / "generated" / "deep" / f"{index:04d}.png")
     np.savez(tmp_path / "reference.npz", images[300:700].numpy())
-    metrics = [metric for metric in METRICS if metric != "sfid"]
+    metrics = [metric for metric in METRIC_NAMES if metric != "sfid"]
     flags = ["--reference", str(tmp_path / "reference.npz"), "--extractor", "digits", "--kid-subset-size", "200"]
     records, printed = evaluate(
         tmp_path, "--images", str(tmp_path / "generated"), "--metrics", ",".join(metrics), "--batch", "7", *flags
@@ -101,14 +102,14 @@ def test_figures_of_images_are_those_of_their_pixels(tmp_path: Path) -> None:
 
 
 def test_a_model_gives_the_figures_of_the_images_that_it_draws(root: Path) -> None:
-    metrics, own = ",".join(METRICS), ["--extractor", "command_extractor:Pixels", "--kid-subset-size", "20"]
+    metrics, own = ",".join(METRIC_NAMES), ["--extractor", "command_extractor:Pixels", "--kid-subset-size", "20"]
     drawing = ["--model", str(root / "tiny"), "--samples", "90", "--seed", "5", "--labels", "random"]
     drawing += ["--sampler.nfe", "6"]
     directly, printed = evaluate(root, *drawing, "--metrics", metrics, *own, "--batch", "32")
     sample([*drawing, "--out", str(root / "drawn"), "--launcher", "local", "--batch", "32", "--format", "npz"])
     reference = str(root / "data" / "blots")
     kept, _ = evaluate(root, "--images", str(root / "drawn"), "--reference", reference, "--metrics", metrics, *own)
-    assert list(directly) == list(kept) == list(METRICS)
+    assert list(directly) == list(kept) == list(METRIC_NAMES)
     for metric, record in directly.items():
         # A pixel may round to its neighbour's value where the units that were drawn together differ.
         assert record["value"] == pytest.approx(kept[metric]["value"], rel=1e-3, abs=1e-6), metric

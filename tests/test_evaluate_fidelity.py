@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from eqm_dist.evaluate.features import load_digit_classifier
-from eqm_dist.evaluate.statistics import PARTS_OF, MetricSettings, compute, image_statistics, merged, parts_of
+from eqm_dist.evaluate.statistics import compute, image_statistics, merged, parts_of
 from eqm_dist.evaluate.train_classifier import digits
+from eqm_dist.metric_settings import METRIC_NAMES, MetricSettings
 from tests import fidelity
 
-METRICS = [metric for metric in PARTS_OF if metric != "sfid"]  # torch-fidelity has no sFID
+METRICS = [metric for metric in METRIC_NAMES if metric != "sfid"]  # torch-fidelity has no sFID
 SUBSETS, SUBSET_SIZE = 20, 300
 
 # The packaged classifier in float64: of float32 features torch-fidelity takes the mean in float32.

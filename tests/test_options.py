@@ -43,7 +43,8 @@ def test_every_default_is_a_value_of_its_option(option: Option) -> None:
     if default is REQUIRED or callable(default) or option.field.is_required():
         return
     if default is not None or option.only is None:
-        TypeAdapter(option.field.annotation).validate_python(default)
+        kind: Any = option.field.annotation
+        TypeAdapter(kind).validate_python(default)
 
 
 @pytest.mark.parametrize("option", OPTIONS.values(), ids=lambda option: option.key)

@@ -1,7 +1,7 @@
 """EqM-E: a scalar energy made from a field model, and the field that is exactly its negative gradient."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, assert_never, get_args
 
 import torch
 from torch import Tensor
@@ -39,7 +39,13 @@ class ExplicitEnergy:
     def energy(self, x: Tensor, labels: Tensor) -> Tensor:
         """The energy [B] of samples x [B, ...]."""
         predicted = self.model(x, labels)
-        density = -x * predicted if self.kind == "dot" else predicted.square() / 2
+        match self.kind:
+            case "dot":
+                density = -x * predicted
+            case "l2":
+                density = predicted.square() / 2
+            case _:
+                assert_never(self.kind)
         return density.flatten(1).sum(1)
 
     def __call__(self, x: Tensor, labels: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class Evaluator:
         num_classes: labels are 0 .. num_classes - 1.
         latent_shape: (C, h, w).
         extractor: images -> features, on the same device.
-        metrics: of ``statistics.PARTS_OF``, the FID among them; others need ``world`` to be 1.
+        metrics: of ``MetricName``, the FID among them; others need ``world`` to be 1.
         samples: images to generate in all.
         batch: images generated at once on a rank.
         columns: images per class in the grid.

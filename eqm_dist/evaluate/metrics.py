@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from eqm_dist import rng
 from eqm_dist.errors import DataError
 from eqm_dist.hidden import hidden
+from eqm_dist.metric_settings import SEED
 
 with hidden("torchvision", "torch_fidelity"):
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import poly_mmd
 
-SEED = 2020
-"""torch-fidelity's seed of subsets and splits."""
 POINTS_AT_ONCE, OTHERS_AT_ONCE = 2_500, 10_000
 """Points whose distances to all others are held at once, 0.5 GB for 50,000 others, and those of one multiplication."""
 

@@ -7,15 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from eqm_dist.data.storage import storage_errors
-from eqm_dist.evaluate.statistics import MetricSettings
-
-SETTINGS_OF = {
-    "kid": ("kid_subsets", "kid_subset_size", "seed"),
-    "is": ("is_splits", "seed"),
-    "precision": ("neighbours",),
-    "recall": ("neighbours",),
-}
-"""The settings that decide a metric."""
+from eqm_dist.evaluate.statistics import metric_of
+from eqm_dist.metric_settings import MetricSettings
 
 
 def records_of(
@@ -30,7 +23,7 @@ def records_of(
         if metric.endswith("_std"):
             continue
         spread = {"std": figures[f"{metric}_std"]} if f"{metric}_std" in figures else {}
-        own = {name: chosen[name] for name in SETTINGS_OF.get(metric, ())}
+        own = {name: chosen[name] for name in metric_of(metric).settings}
         records.append({"metric": metric, "value": value, **spread, "settings": own, **circumstances})
     return records
 

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from eqm_dist import rng
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.metrics import (
-    SEED,
     FeatureMoments,
     frechet_distance,
     inception_score,
     kernel_distance,
     precision_recall,
 )
+from eqm_dist.metric_settings import DEFAULT_SETTINGS, SEED, MetricName, MetricSettings
 
 MOST_ROWS = 50_000
 """Images whose features are kept: the size at which the literature compares."""
@@ -33,15 +33,6 @@ MOMENTS, SPATIAL_MOMENTS = "features.moments", "spatial.moments"
 FEATURES, LOGITS = "features.rows", "logits.rows"
 PARTS = (MOMENTS, SPATIAL_MOMENTS, FEATURES, LOGITS)
 """What statistics may hold: an output of an extractor, and what is kept of it."""
-PARTS_OF = {
-    "fid": MOMENTS,
-    "sfid": SPATIAL_MOMENTS,
-    "kid": FEATURES,
-    "is": LOGITS,
-    "precision": FEATURES,
-    "recall": FEATURES,
-}
-"""The metrics, and the part that each is computed from."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +84,7 @@ def parts_of(metrics: Iterable[str]) -> frozenset[str]:
     Raises:
         ConfigError: no such metric.
     """
-    metrics = list(metrics)
-    for metric in metrics:
-        if metric not in PARTS_OF:
-            raise ConfigError(f"A metric must be one of {', '.join(PARTS_OF)}, received {metric!r}; correct it.")
-    return frozenset(PARTS_OF[metric] for metric in metrics)
+    return frozenset(metric_of(name).part for name in metrics)
 
 
 @torch.no_grad()
@@ -162,7 +149,7 @@ def extract(extractor: nn.Module, images: Tensor, outputs: Collection[str]) -> d
         extracted = {name: method(images) for name in outputs if (method := methods[name]) is not None}
     for name in sorted(outputs):
         if name not in extracted:
-            metrics = [metric for metric, part in PARTS_OF.items() if part.startswith(name)]
+            metrics = [metric for metric, how in METRICS.items() if how.part.startswith(name)]
             raise ConfigError(
                 f"The metrics {', '.join(metrics)} need {name} of the extractor, and"
                 f" {name_of(extractor)} has none; leave them out or use inception."
@@ -194,21 +181,69 @@ def merged(statistics: Iterable[ImageStatistics]) -> ImageStatistics:
 
 
 @dataclass(frozen=True)
-class MetricSettings:
-    """What decides a figure besides the images; the defaults are torch-fidelity's.
+class Metric:
+    """How the figures of a metric come about.
 
     Attributes:
-        kid_subsets, kid_subset_size: of the KID.
-        is_splits: parts of the inception score.
-        neighbours: k of precision and recall.
-        seed: of subsets and shuffles.
+        part: what they are computed from.
+        figures: (that part of the generated images, that of the reference, settings) -> figures by name.
+        fewest: images that it needs, by the settings.
+        settings: names of those that decide them.
+        compares: whether it needs a reference.
+        remedy: what helps, besides more images, where they are too few.
     """
 
-    kid_subsets: int = 100
-    kid_subset_size: int = 1000
-    is_splits: int = 10
-    neighbours: int = 3
-    seed: int = SEED
+    part: str
+    figures: Callable[[Any, Any, MetricSettings], dict[str, float]]
+    fewest: Callable[[MetricSettings], int] = lambda settings: 2
+    settings: tuple[str, ...] = ()
+    compares: bool = True
+    remedy: str = ""
+
+
+def _kid(generated: Rows, reference: Rows, settings: MetricSettings) -> dict[str, float]:
+    mean, deviation = kernel_distance(
+        generated.values,
+        reference.values,
+        subsets=settings.kid_subsets,
+        subset_size=settings.kid_subset_size,
+        seed=settings.seed,
+    )
+    return {"kid": mean, "kid_std": deviation}
+
+
+def _inception_score(generated: Rows, reference: None, settings: MetricSettings) -> dict[str, float]:
+    mean, deviation = inception_score(generated.values, splits=settings.is_splits, seed=settings.seed)
+    return {"is": mean, "is_std": deviation}
+
+
+def _precision_recall(generated: Rows, reference: Rows, settings: MetricSettings) -> dict[str, float]:
+    precision, recall = precision_recall(generated.values, reference.values, neighbours=settings.neighbours)
+    return {"precision": precision, "recall": recall}
+
+
+_KID = ("kid_subsets", "kid_subset_size", "seed")
+METRICS: dict[MetricName, Metric] = {
+    "fid": Metric(MOMENTS, lambda generated, reference, _: {"fid": frechet_distance(reference, generated)}),
+    "sfid": Metric(SPATIAL_MOMENTS, lambda generated, reference, _: {"sfid": frechet_distance(reference, generated)}),
+    "kid": Metric(FEATURES, _kid, lambda chosen: chosen.kid_subset_size, _KID, remedy=" or lower --kid-subset-size"),
+    "is": Metric(LOGITS, _inception_score, lambda chosen: chosen.is_splits, ("is_splits", "seed"), compares=False),
+    "precision": Metric(FEATURES, _precision_recall, lambda chosen: chosen.neighbours + 1, ("neighbours",)),
+    "recall": Metric(FEATURES, _precision_recall, lambda chosen: chosen.neighbours + 1, ("neighbours",)),
+}
+"""How each metric is computed."""
+
+
+def metric_of(name: str) -> Metric:
+    """How a metric is computed.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    known: Mapping[str, Metric] = {**METRICS}
+    if name not in known:
+        raise ConfigError(f"A metric must be one of {', '.join(known)}, received {name!r}; correct it.")
+    return known[name]
 
 
 def check_count(metrics: Collection[str], settings: MetricSettings, count: int) -> None:
@@ -217,12 +252,13 @@ def check_count(metrics: Collection[str], settings: MetricSettings, count: int) 
     Raises:
         DataError: they are too few.
     """
-    fewest = {"kid": settings.kid_subset_size, "is": settings.is_splits, "fid": 2, "sfid": 2}
-    for metric in metrics:
-        needed = fewest.get(metric, settings.neighbours + 1)
+    for name in metrics:
+        metric = metric_of(name)
+        needed = metric.fewest(settings)
         if count < needed:
-            remedy = " or lower --kid-subset-size" if metric == "kid" else ""
-            raise DataError(f"The metric {metric} needs at least {needed} images, got {count}; bring more{remedy}.")
+            raise DataError(
+                f"The metric {name} needs at least {needed} images, got {count}; bring more{metric.remedy}."
+            )
 
 
 def check_reference(metrics: Collection[str], extractor: str, reference: ImageStatistics | None) -> None:
@@ -231,10 +267,11 @@ def check_reference(metrics: Collection[str], extractor: str, reference: ImageSt
     Raises:
         DataError: it lacks a part, or was measured with another extractor.
     """
-    for metric in metrics:
-        if metric != "is" and (reference is None or PARTS_OF[metric] not in reference.parts):
+    for name in metrics:
+        metric = metric_of(name)
+        if metric.compares and (reference is None or metric.part not in reference.parts):
             held = "there is none" if reference is None else f"it holds {', '.join(sorted(reference.parts))}"
-            raise DataError(f"The metric {metric} needs {PARTS_OF[metric]} of the reference, and {held}.")
+            raise DataError(f"The metric {name} needs {metric.part} of the reference, and {held}.")
     if reference is not None and reference.extractor != extractor:
         raise DataError(
             f"One extractor must have made the statistics of both sides, and the reference is of {reference.extractor}"
@@ -246,12 +283,12 @@ def compute(
     metrics: Collection[str],
     generated: ImageStatistics,
     reference: ImageStatistics | None,
-    settings: MetricSettings = MetricSettings(),
+    settings: MetricSettings = DEFAULT_SETTINGS,
 ) -> dict[str, float]:
     """The figures by name: those of ``metrics``; ``kid_std`` and ``is_std`` come with theirs, precision with recall.
 
     Args:
-        metrics: of ``PARTS_OF``.
+        metrics: of ``METRICS``.
         generated: what is judged.
         reference: what it is compared with; the inception score needs none.
         settings: see there.
@@ -261,23 +298,10 @@ def compute(
     """
     check_reference(metrics, generated.extractor, reference)
 
-    def part(side: ImageStatistics | None, metric: str) -> Any:
-        assert side is not None
-        return side.parts[PARTS_OF[metric]]
-
     figures: dict[str, float] = {}
-    for metric in metrics:
-        if metric in ("fid", "sfid"):
-            figures[metric] = frechet_distance(part(reference, metric), part(generated, metric))
-        elif metric == "kid":
-            rows = part(generated, metric).values, part(reference, metric).values
-            figures["kid"], figures["kid_std"] = kernel_distance(
-                *rows, subsets=settings.kid_subsets, subset_size=settings.kid_subset_size, seed=settings.seed
-            )
-        elif metric == "is":
-            logits = part(generated, metric).values
-            figures["is"], figures["is_std"] = inception_score(logits, splits=settings.is_splits, seed=settings.seed)
-        elif metric not in figures:
-            rows = part(generated, metric).values, part(reference, metric).values
-            figures["precision"], figures["recall"] = precision_recall(*rows, neighbours=settings.neighbours)
+    for name in metrics:
+        metric = metric_of(name)
+        if name not in figures:  # recall comes with precision
+            compared = reference.parts[metric.part] if reference is not None and metric.compares else None
+            figures |= metric.figures(generated.parts[metric.part], compared, settings)
     return figures

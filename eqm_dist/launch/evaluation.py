@@ -21,16 +21,17 @@ from eqm_dist.evaluate.record import records_of
 from eqm_dist.evaluate.references import cached_statistics, load_statistics, published_moments, save_statistics
 from eqm_dist.evaluate.statistics import (
     ImageStatistics,
-    MetricSettings,
     check_count,
     check_reference,
     compute,
     image_statistics,
+    metric_of,
     name_of,
     parts_of,
 )
 from eqm_dist.launch.sampling import run_units
 from eqm_dist.logs import Progress
+from eqm_dist.metric_settings import MetricSettings
 from eqm_dist.options import dump
 from eqm_dist.pretrained import Pretrained
 from eqm_dist.provenance import provenance
@@ -84,7 +85,7 @@ class Judge:
 
     Attributes:
         extractor, weights: as ``load_extractor`` takes them.
-        metrics: of ``PARTS_OF``.
+        metrics: of ``MetricName``.
         settings: of the metrics.
         batch: images that an actor looks at, or draws, at once.
         launcher: ``ray``, or ``local`` for this process alone.
@@ -161,7 +162,7 @@ class Judge:
             EqmDistError: one sentence for the user.
         """
         parts_of(self.metrics)
-        compared = [metric for metric in self.metrics if metric != "is"]
+        compared = [metric for metric in self.metrics if metric_of(metric).compares]
         if not compared:
             return None
         parts = parts_of(compared)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,12 @@ class LearningRateSchedule:
         if step < self.warmup_steps:
             return self.peak * (step + 1) / (self.warmup_steps + 1)
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        if self.shape == "cosine":
-            return self.peak * 0.5 * (1 + math.cos(math.pi * progress))
-        if self.shape == "linear":
-            return self.peak * (1 - progress)
-        return self.peak
+        match self.shape:
+            case "constant":
+                return self.peak
+            case "cosine":
+                return self.peak * 0.5 * (1 + math.cos(math.pi * progress))
+            case "linear":
+                return self.peak * (1 - progress)
+            case _:
+                assert_never(self.shape)
