@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError
@@ -24,6 +25,7 @@ from torch import Tensor
 from eqm_dist.build import build_field, build_model, build_sampling_method
 from eqm_dist.config import SIZES, Config
 from eqm_dist.core.guidance import TimedField
+from eqm_dist.data.loader import ShardReader
 from eqm_dist.data.manifest import Manifest, read_manifest
 from eqm_dist.data.storage import local_path
 from eqm_dist.errors import CheckpointError, ConfigError, DataError
@@ -159,6 +161,33 @@ class Pretrained:
         """Images [B, H, W, C] uint8 -> latents [B, C', h, w], the means of the autoencoder's posterior."""
         encoder = self.autoencoder
         return mean_latents(encoder.encode(images), encoder.latent_scale, encoder.latent_shift)
+
+    def real_latents(self, shards: str | None, samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Latents [n, C, h, w] of real images, the means of their posteriors, and labels [n]: evenly over a data set.
+
+        Args:
+            shards: the data set; None for the one that the model was trained on.
+            samples: n, or all if there are fewer.
+            device: where the latents go.
+
+        Raises:
+            ConfigError: the model does not say what it was trained on.
+            DataError: the shards are missing or of other latents.
+        """
+        location = shards or self.config.data.shards
+        if location is None:
+            raise ConfigError(f"{self.source} does not say what it was trained on; add --shards.")
+        reader = ShardReader(location)
+        manifest = reader.manifest
+        if manifest.latent_shape != self.config.data.latent_shape:
+            raise DataError(
+                f"--shards must hold latents {list(self.config.data.latent_shape)} as the model takes, and {location}"
+                f" holds {list(manifest.latent_shape)}; name others."
+            )
+        count = min(samples, manifest.num_samples)
+        moments, labels = reader.read(np.arange(count) * manifest.num_samples // count)
+        latents = mean_latents(moments[:, 0].float().to(device), manifest.latent_scale, manifest.latent_shift)
+        return latents, labels
 
     @property
     def name(self) -> str:

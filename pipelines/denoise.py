@@ -38,14 +38,13 @@ def main(arguments: Sequence[str]) -> None:
     from eqm_dist.build import load_extractor
     from eqm_dist.data.storage import atomic_write, storage_errors
     from eqm_dist.evaluate.metrics import feature_moments, frechet_distance
-    from eqm_dist.launch.sampling import real_latents
     from eqm_dist.pretrained import load, newest_run
     from eqm_dist.provenance import provenance
     from eqm_dist.tasks.denoise import restoration_figure, restoration_grid, restore
 
     model = load(options.model or newest_run(), autoencoder=options.autoencoder, overrides=cli.overrides_from(options))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    latents, labels = real_latents(model, options.shards, options.samples, device)
+    latents, labels = model.real_latents(options.shards, options.samples, device)
     indices = torch.arange(len(latents))
     knows_time = model.config.objective.kind == "flow_matching"
     results = restore(

@@ -29,7 +29,7 @@ from eqm_dist.evaluate.statistics import (
     name_of,
     parts_of,
 )
-from eqm_dist.launch.sampling import run_units
+from eqm_dist.launch.actors import run_units
 from eqm_dist.logs import Progress
 from eqm_dist.metric_settings import MetricSettings
 from eqm_dist.options import dump
@@ -138,9 +138,9 @@ class Judge:
         work = MeasureDrawn(model, labels, seed, self.extractor, self.weights, parts_of(self.metrics), self.batch)
         statistics, nfe = None, []
         progress = Progress("measured", samples)
-        for unit, (part, evaluations) in run_units(work, self._units(samples), self.launcher, self.actors):
+        for unit, (part, spent) in run_units(work, self._units(samples), self.launcher, self.actors):
             statistics = part if statistics is None else statistics + part
-            nfe += evaluations
+            nfe += spent
             progress.add(unit.stop - unit.start)
         assert statistics is not None
         return self._records(

@@ -3,24 +3,19 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 
 from eqm_dist.data.image_set import GRID_FILE, NFE_FILE, RECORD_FILE, Format, ImageSet, Unit, open_image_set
-from eqm_dist.data.loader import ShardReader
 from eqm_dist.data.storage import storage_errors
-from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.figures import nfe_histogram
 from eqm_dist.evaluate.grid import sample_grid
 from eqm_dist.evaluate.labels import labels_of
+from eqm_dist.launch.actors import run_units
 from eqm_dist.logs import Progress
-from eqm_dist.models.autoencoder import mean_latents
 from eqm_dist.options import dump
 from eqm_dist.pretrained import Pretrained
 from eqm_dist.provenance import provenance
@@ -29,9 +24,6 @@ from eqm_dist.text import labelled
 LEAST_UNIT, MOST_UNIT, UNITS = 32, 1024, 128
 """A set has about so many units, for any number of actors to share; one is what a kill can cost an actor."""
 GRID_CLASSES, GRID_COLUMNS = 10, 10
-
-Task = TypeVar("Task")
-Result = TypeVar("Result")
 
 
 def draw(
@@ -103,30 +95,6 @@ class DrawUnit:
         self.images.write(unit, drawn.images.cpu().numpy(), {name: fact.cpu().numpy() for name, fact in facts.items()})
 
 
-def run_units(
-    work: Callable[[Unit, torch.device], Result], units: Sequence[Unit], launcher: str, actors: int | None
-) -> Iterator[tuple[Unit, Result]]:
-    """Each unit with what ``work`` made of it, in any order, by the actors of a cluster or by this process alone."""
-    if units:
-        with open_actors(work, launcher, min(len(units), actors or len(units))) as run:
-            yield from run(units)
-
-
-@contextmanager
-def open_actors(
-    work: Callable[[Task, torch.device], Result], launcher: str, actors: int | None
-) -> Iterator[Callable[[Iterable[Task]], Iterator[tuple[Task, Result]]]]:
-    """What gives each of several tasks with what ``work`` made of it, in any order, and can be called again."""
-    if launcher == "local":
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        yield lambda tasks: ((task, work(task, device)) for task in tasks)
-        return
-    from eqm_dist.launch.ray_actors import ray_actors  # a local run works without Ray
-
-    with ray_actors(work, most_actors=actors) as run:
-        yield run
-
-
 def _report(model: Pretrained, images: ImageSet, out: Path) -> str:
     record = json.loads((out / RECORD_FILE).read_bytes())
     classes = min(GRID_CLASSES, model.config.data.num_classes)
@@ -154,33 +122,3 @@ def _report(model: Pretrained, images: ImageSet, out: Path) -> str:
         lines["not finite"] = f"{record['not_finite']:,} images, which are blank; use a smaller step size"
     lines["record"] = str(out / RECORD_FILE)
     return "\n".join(["", f"{out} is complete", *labelled(lines, indent="  ")])
-
-
-def real_latents(
-    model: Pretrained, shards: str | None, samples: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents [n, C, h, w] of real images, the means of their posteriors, and labels [n]: evenly over the data set.
-
-    Args:
-        model: whose training data is the default.
-        shards: another data set of the same kind.
-        samples: n, or all if there are fewer.
-        device: where the latents go.
-
-    Raises:
-        ConfigError: the model does not say what it was trained on.
-        DataError: the shards are missing or of other latents.
-    """
-    location = shards or model.config.data.shards
-    if location is None:
-        raise ConfigError(f"{model.source} does not say what it was trained on; add --shards.")
-    reader = ShardReader(location)
-    manifest = reader.manifest
-    if manifest.latent_shape != model.config.data.latent_shape:
-        raise DataError(
-            f"--shards must hold latents {list(model.config.data.latent_shape)} as the model takes, and {location}"
-            f" holds {list(manifest.latent_shape)}; name others."
-        )
-    count = min(samples, manifest.num_samples)
-    moments, labels = reader.read(np.arange(count) * manifest.num_samples // count)
-    return mean_latents(moments[:, 0].float().to(device), manifest.latent_scale, manifest.latent_shift), labels

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from eqm_dist.evaluate.references import load_statistics, save_statistics
 from eqm_dist.evaluate.statistics import ImageStatistics, compute
+from eqm_dist.launch.actors import open_actors
 from eqm_dist.launch.descents import Descent, Measured, MeasureDescent, units
-from eqm_dist.launch.sampling import open_actors
 from eqm_dist.logs import clock
 from eqm_dist.sweeps.plan import PREFIX, Plan
 from eqm_dist.sweeps.results import Ledger, Result, measured_with, ranked, shown, survivors
