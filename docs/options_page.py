@@ -9,14 +9,14 @@ from eqm_dist.options import REQUIRED, Option, options, shown
 PAGE = Path(__file__).with_name("options.md")
 HEAD = """# All options
 
-Every option is a flag (`--train.steps 500`), a key in a YAML file (`train: {steps: 500}`) and, marked with *axis*, an axis
-of `tuning/sweep_decay.py`. Its value comes from, in rising order: the default here, the record of a run that has begun,
-`--preset`, `--config`, the flags. `config.yaml` in the run directory has the values in effect. An option marked with
-*resumable* may be another one when a run is started again; any other one decides the numbers, and stays. One marked with
-*place* says where something lies: a run that goes on does not remember it, so say it again.
+Every option is a flag (`--train.steps 500`), a key in a YAML file (`train: {steps: 500}`) and, marked with *axis*, an
+axis of `tuning/sweep_decay.py`. Its value comes from, in rising order: the default here, the record of a run that has
+begun, `--preset`, `--config`, the flags. `config.yaml` in the run directory has the values in effect. An option marked
+with *resumable* may be another one when a run is started again; any other one decides the numbers, and stays. One
+marked with *place* says where something lies: a run that goes on does not remember it, so say it again.
 
-An option that takes effect only with certain values of another says so, and is refused elsewhere. Choosing another variant
-drops what an earlier source gave for the one before.
+An option that takes effect only with certain values of another says so, and is refused elsewhere. Choosing another
+variant drops what an earlier source gave for the one before.
 """
 
 

@@ -37,7 +37,7 @@ FLAGS = {
     "launch.workers": 1,
     "launch.cpus_per_worker": 1,
 }
-APART = {"evaluation.asynchronous": "true"}
+ASYNCHRONOUS = {"evaluation.asynchronous": "true"}
 
 
 def command(root: Path, **extra: object) -> list[str]:
@@ -70,27 +70,27 @@ def evaluators(process: psutil.Process) -> list[psutil.Process]:
 @pytest.mark.timeout(600)
 def test_it_measures_what_the_workers_would(tmp_path: Path, local_cluster_env: dict[str, str]) -> None:
     options = {"cwd": REPOSITORY, "env": local_cluster_env, "text": True, "timeout": 280}
-    inside, apart = tmp_path / "inside", tmp_path / "apart"
-    for root, extra in ((inside, {}), (apart, APART)):
+    inside, beside = tmp_path / "inside", tmp_path / "beside"
+    for root, extra in ((inside, {}), (beside, ASYNCHRONOUS)):
         done = subprocess.run(command(root, **extra), **options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert done.returncode == 0, done.stdout
         assert "FID" in done.stdout.split("is complete")[1]
     assert list(fids(inside)) == [20, 40, 60]
-    assert fids(apart) == fids(inside)  # bit for bit: one process with the same weights, seeds and batches
-    assert json.loads((apart / "digits" / "result.json").read_bytes())["metrics"]["eval/fid"] == fids(inside)[60]
-    names = [path.name for path in sorted((apart / "digits" / "samples").iterdir())]
+    assert fids(beside) == fids(inside)  # bit for bit: one process with the same weights, seeds and batches
+    assert json.loads((beside / "digits" / "result.json").read_bytes())["metrics"]["eval/fid"] == fids(inside)[60]
+    names = [path.name for path in sorted((beside / "digits" / "samples").iterdir())]
     assert names == [f"samples_step{step:08d}.png" for step in (20, 40, 60)]
 
     # The newest checkpoint and the best one stay.
-    best = min(fids(apart), key=lambda step: fids(apart)[step])
-    for root in (inside, apart):
+    best = min(fids(beside), key=lambda step: fids(beside)[step])
+    for root in (inside, beside):
         kept = {int(path.name.removeprefix("step_")) for path in (root / "digits" / "checkpoints").iterdir()}
         assert kept == {best, 60}
 
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{apart / 'mlflow.db'}")
-    run_id = json.loads((apart / "digits" / "mlflow.json").read_bytes())["run_id"]
+    client = MlflowClient(f"sqlite:///{beside / 'mlflow.db'}")
+    run_id = json.loads((beside / "digits" / "mlflow.json").read_bytes())["run_id"]
     assert {point.step: point.value for point in client.get_metric_history(run_id, "eval/fid")} == fids(inside)
     assert client.get_run(run_id).info.status == "FINISHED"
 
@@ -102,7 +102,7 @@ def test_killed_evaluations_are_reported_and_the_run_ends_well(
     tmp_path: Path, local_cluster_env: dict[str, str]
 ) -> None:
     run = subprocess.Popen(
-        command(tmp_path, **APART), cwd=REPOSITORY, env=local_cluster_env, text=True, stdout=subprocess.PIPE,
+        command(tmp_path, **ASYNCHRONOUS), cwd=REPOSITORY, env=local_cluster_env, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )  # fmt: skip
     ended = threading.Event()
@@ -133,7 +133,7 @@ def test_what_a_killed_driver_left_unevaluated_is_evaluated_by_the_next(
     tmp_path: Path, local_cluster_env: dict[str, str]
 ) -> None:
     # Evaluations that take far longer than the training: the driver dies waiting for them, all steps made.
-    slow = {**APART, "evaluation.samples": 2000, "sampler.nfe": 60}
+    slow = {**ASYNCHRONOUS, "evaluation.samples": 2000, "sampler.nfe": 60}
     first = subprocess.Popen(
         command(tmp_path, **slow), cwd=REPOSITORY, env=local_cluster_env, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -149,7 +149,12 @@ def test_what_a_killed_driver_left_unevaluated_is_evaluated_by_the_next(
     assert set(awaited) <= kept  # what is to be evaluated is not removed, though checkpoint.keep is 1
 
     second = subprocess.run(
-        command(tmp_path, **APART), cwd=REPOSITORY, env=local_cluster_env, text=True, capture_output=True, timeout=280
+        command(tmp_path, **ASYNCHRONOUS),
+        cwd=REPOSITORY,
+        env=local_cluster_env,
+        text=True,
+        capture_output=True,
+        timeout=280,
     )
     assert second.returncode == 0, second.stdout + second.stderr
     assert list(fids(tmp_path)) == [20, 40, 60]

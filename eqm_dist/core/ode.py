@@ -1,7 +1,7 @@
 """Integrators of dx/dt = horizon * field(x, t) from the start time to 1, t being the part of the way.
 
 Flow matching has horizon 1, and its t is gamma. The field of Equilibrium Matching is blind to time: there the horizon
-says how long to follow it, and Euler's method with n evaluations is gradient descent with step size horizon / n.
+says how long to follow it, and Euler's method with an NFE of n is gradient descent with step size horizon / n.
 
 All are explicit Runge-Kutta methods, written so that one evaluation of the field moves every sample by one stage of its
 own. Samples of one batch may be at different stages and, with ``Dopri5``, take steps of different lengths: each has
@@ -32,7 +32,7 @@ class Tableau(NamedTuple):
 
 @dataclass(frozen=True)
 class _FixedStep:
-    """Equal steps, as many as the evaluations allow."""
+    """Equal steps, as many as the NFE allows."""
 
     horizon: float = 1.0
     tableau: ClassVar[Tableau]

@@ -33,7 +33,7 @@ class Sampler(Protocol):
 
         Args:
             x: [B, ...], the start.
-            evaluations: the most that a sample may take.
+            nfe: the most that a sample may take.
             start_time: where on the way from 0 to 1 the start lies; for integrators.
 
         Raises:
@@ -44,14 +44,14 @@ class Sampler(Protocol):
     def look(self, x: Tensor, state: State, progress: Tensor) -> tuple[Tensor, Tensor]:
         """Where the field is needed next: points [B, ...] and their times [B] in [0, 1].
 
-        ``progress`` [B] in [0, 1) is the part of its evaluations that a sample has behind it.
+        ``progress`` [B] in [0, 1) is the part of its NFE that a sample has behind it.
         """
         ...
 
     def move(self, x: Tensor, state: State, field: Tensor, progress: Tensor) -> tuple[Tensor, State, Tensor | None]:
         """The next x and state, given the field [B, ...] at those points; x and state are left as they are.
 
-        Third, the samples [B] bool that have arrived; None from a sampler whose every sample takes all evaluations.
+        Third, the samples [B] bool that have arrived; None from a sampler whose every sample takes the whole NFE.
         """
         ...
 

@@ -21,7 +21,7 @@ class GradientNormStop:
 
     The norm is the root mean square over the dimensions of the sample: the paper's g_min is ``norm`` times the root of
     their number. Its value is not published. The evaluation that meets the limit still moves the sample, so one that
-    stopped after k evaluations equals that of a fixed schedule of k.
+    stopped after k evaluations of the field equals that of a fixed schedule of k.
 
     Attributes:
         norm: the limit itself, or None.

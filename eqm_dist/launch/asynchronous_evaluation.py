@@ -36,7 +36,7 @@ TRIES = 3
 
 
 def asynchronous_evaluation(opened: OpenRun, offered: Offer) -> ValidationConfig | None:
-    """What Ray Train needs to evaluate checkpoints apart; None where the workers do it, or nobody."""
+    """What Ray Train needs to evaluate checkpoints asynchronously; None where the workers do it, or nobody."""
     if not opened.config.evaluation.asynchronous:
         return None
     resources = {"num_cpus": offered.evaluation_cpus, "num_gpus": int(offered.use_gpu)}

@@ -76,7 +76,7 @@ class Run:
         schedule: learning rate by step.
         checkpoints: where state is saved.
         saver: saves it while training goes on.
-        evaluate: measures the EMA weights; None where nobody does, or a task apart.
+        evaluate: measures the EMA weights; None where nobody does, or an asynchronous task.
         tracker: the record; None except on rank 0.
         ema_state: the EMA that is evaluated.
         steps: number of updates in all.
