@@ -45,7 +45,6 @@ from eqm_dist.data.cache import FileCache
 from eqm_dist.data.loader import JoinedReader, Loader, ShardReader
 from eqm_dist.data.manifest import Manifest
 from eqm_dist.data.order import MixedOrder, SampleOrder
-from eqm_dist.data.storage import DEADLINE_S, is_remote, local_path
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.evaluator import Evaluator
 from eqm_dist.evaluate.extractors import load_extractor
@@ -53,6 +52,8 @@ from eqm_dist.evaluate.images import TrainingImages
 from eqm_dist.models.autoencoder import Autoencoder, IdentityAutoencoder, load_autoencoder
 from eqm_dist.models.sit import SiT
 from eqm_dist.models.sizes import SIZES, forward_macs, parameter_count, training_flops_per_image
+from eqm_dist.storage.location import is_remote, local_path
+from eqm_dist.storage.open import DEADLINE_S
 from eqm_dist.track.attempts import Attempts, CountingTracker
 from eqm_dist.track.composite import CompositeTracker
 from eqm_dist.track.jsonl import JsonlTracker, read_metrics

@@ -17,10 +17,10 @@ import safetensors.torch
 from eqm_dist.build import CONFIG_FILE, METRICS_FILE, derived_numbers
 from eqm_dist.config import SamplerConfig, to_yaml, with_overrides
 from eqm_dist.data.manifest import MANIFEST_NAME, read_manifest
-from eqm_dist.data.storage import atomic_write, storage_errors
 from eqm_dist.errors import ConfigError
 from eqm_dist.pretrained import DESCRIPTION_FILE, WEIGHTS_FILE, Pretrained
 from eqm_dist.provenance import provenance
+from eqm_dist.storage.files import atomic_write, storage_errors
 from eqm_dist.track.jsonl import read_metrics
 from eqm_dist.train.engine import WEIGHT
 

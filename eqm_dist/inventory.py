@@ -11,8 +11,8 @@ from torch import Tensor
 
 from eqm_dist.build import CHECKPOINTS, CONFIG_FILE, OpenRun, build_checkpoints
 from eqm_dist.config import Config, parse
-from eqm_dist.data.storage import storage_errors, whole_file
 from eqm_dist.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from eqm_dist.storage.files import storage_errors, whole_file
 from eqm_dist.train.checkpoint import (
     EMA_FILE,
     MARKER,

@@ -23,18 +23,12 @@ from eqm_dist.build import (
 from eqm_dist.config import RESUMABLE_KEYS, Config, dump, flatten, parse, to_yaml, with_overrides
 from eqm_dist.data.manifest import Manifest, read_manifest
 from eqm_dist.data.shards import digits_shards
-from eqm_dist.data.storage import (
-    DEADLINE_S,
-    Folder,
-    LocalFolder,
-    atomic_write,
-    is_remote,
-    local_path,
-    open_folder,
-    storage_errors,
-)
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.extractors import is_file_name, load_extractor
+from eqm_dist.storage.files import atomic_write, storage_errors
+from eqm_dist.storage.folder import Folder, LocalFolder
+from eqm_dist.storage.location import is_remote, local_path
+from eqm_dist.storage.open import DEADLINE_S, open_folder
 from eqm_dist.track.mlflow import ID_FILE, MlflowRun, default_uri
 from eqm_dist.track.mlflow import open_run as open_mlflow_run
 from eqm_dist.train.checkpoint import step_of

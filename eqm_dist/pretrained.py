@@ -25,12 +25,12 @@ from eqm_dist.build import CHECKPOINTS, CONFIG_FILE, build_field, build_model, b
 from eqm_dist.config import Config, parse, with_overrides
 from eqm_dist.core.guidance import TimedField
 from eqm_dist.data.manifest import MANIFEST_NAME, Manifest, read_manifest
-from eqm_dist.data.storage import local_path
 from eqm_dist.errors import CheckpointError, ConfigError, DataError
 from eqm_dist.evaluate.generate import Generated, generate, warn_of_failures
 from eqm_dist.models.autoencoder import Autoencoder, load_autoencoder, mean_latents
 from eqm_dist.models.sit import SiT
 from eqm_dist.models.sizes import SIZES
+from eqm_dist.storage.location import local_path
 from eqm_dist.train.checkpoint import MARKER, Checkpoints, read_marker, read_whole, verify_file
 from eqm_dist.train.engine import WEIGHT
 from eqm_dist.train.optimizer import ema_key

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from eqm_dist.data.storage import storage_errors
 from eqm_dist.evaluate.statistics import MetricSettings
+from eqm_dist.storage.files import storage_errors
 
 SETTINGS_OF = {
     "kid": ("kid_subsets", "kid_subset_size", "seed"),

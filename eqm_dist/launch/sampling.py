@@ -15,7 +15,6 @@ import torch
 from eqm_dist.config import dump
 from eqm_dist.data.image_set import GRID_FILE, NFE_FILE, RECORD_FILE, Format, ImageSet, Unit, open_image_set
 from eqm_dist.data.loader import ShardReader
-from eqm_dist.data.storage import storage_errors
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.figures import nfe_histogram
 from eqm_dist.evaluate.grid import sample_grid
@@ -24,6 +23,7 @@ from eqm_dist.logs import Progress
 from eqm_dist.models.autoencoder import mean_latents
 from eqm_dist.pretrained import Pretrained
 from eqm_dist.provenance import provenance
+from eqm_dist.storage.files import storage_errors
 
 LEAST_UNIT, MOST_UNIT, UNITS = 32, 1024, 128
 """A set has about so many units, for any number of actors to share; one is what a kill can cost an actor."""

@@ -10,9 +10,9 @@ import yaml
 
 from eqm_dist.build import DEFAULT_STEP_SIZE, runs_root, step_size_bound
 from eqm_dist.config import DESCENTS, dump, to_yaml
-from eqm_dist.data.storage import atomic_write
 from eqm_dist.launch.evaluation import Reference
 from eqm_dist.logs import clock
+from eqm_dist.storage.files import atomic_write
 from eqm_dist.sweeps.cost import measured_seconds
 from eqm_dist.sweeps.halving import Halving
 from eqm_dist.sweeps.plan import PREFIX, Plan

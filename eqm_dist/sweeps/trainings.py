@@ -21,11 +21,11 @@ import yaml
 
 from eqm_dist.build import METRICS_FILE, build_decay, build_model, derived_numbers, runs_root
 from eqm_dist.config import Config, dump, flatten, options, to_yaml, with_overrides
-from eqm_dist.data.storage import atomic_write
 from eqm_dist.errors import ConfigError, LaunchError
 from eqm_dist.launch.ray_cluster import cluster
 from eqm_dist.launch.ray_tune import EarlyStop, Ending, Trial, history, run_trials
 from eqm_dist.logs import clock
+from eqm_dist.storage.files import atomic_write
 from eqm_dist.sweeps.cost import measured_seconds
 from eqm_dist.sweeps.plots import c_gamma_curves, fid_with_error_bars, parallel_coordinates
 from eqm_dist.sweeps.results import BEST_FILE, CSV_FILE, Ledger, aligned, short, shown

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from eqm_dist.data.storage import atomic_write
 from eqm_dist.provenance import provenance
+from eqm_dist.storage.files import atomic_write
 
 RESULT_FILE = "result.json"
 
