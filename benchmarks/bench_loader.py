@@ -32,7 +32,7 @@ from eqm_dist.data.index import INDEX_DTYPE, index_shard, write_index
 from eqm_dist.data.loader import Loader, ShardReader
 from eqm_dist.data.manifest import Manifest, ShardRecord, file_record, write_manifest
 from eqm_dist.data.order import SampleOrder
-from eqm_dist.data.storage import open_folder
+from eqm_dist.storage.open import open_folder
 
 SHAPE = (1, 8, 32, 32)
 SHARD_SAMPLES = 256

@@ -32,6 +32,7 @@ from eqm_dist.options import (
     settle,
     shown,
 )
+from eqm_dist.storage.location import DEADLINE_S
 
 Positive = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -55,6 +56,9 @@ class RunConfig(Section):
         if self.name in ("data", "mlflow-artifacts", "mlflow.db"):
             raise ValueError(f"name {self.name} is taken by what all runs share; choose another")
         return self
+
+
+S3, MIRROR = "shards on s3://", "a mirror on s3://"
 
 
 class MixConfig(Section):
@@ -85,13 +89,11 @@ class DataConfig(Section):
     """Compare each shard with the manifest's sha256 when it is first read."""
     workers: Annotated[Count, Resumable] = 1
     """Threads per process that prepare batches in advance; 0 prepares each batch when it is asked for."""
-    cache_dir: Annotated[
-        str | None, Only("remote", (True,), "~/.cache/eqm-dist", words="shards on s3://"), Resumable, Place
-    ] = None
+    cache_dir: Annotated[str | None, Only("remote", (True,), "~/.cache/eqm-dist", words=S3), Resumable, Place] = None
     """Directory that keeps files from s3://, shared by all processes of a machine."""
-    cache_gib: Annotated[Positive | None, Only("remote", (True,), 64.0, words="shards on s3://"), Resumable] = None
+    cache_gib: Annotated[Positive | None, Only("remote", (True,), 64.0, words=S3), Resumable] = None
     """Most disk space that these files may take, in GiB."""
-    deadline_s: Annotated[Positive | None, Only("remote", (True,), 60.0, words="shards on s3://"), Resumable] = None
+    deadline_s: Annotated[Positive | None, Only("remote", (True,), DEADLINE_S, words=S3), Resumable] = None
     """Seconds for which s3:// may fail or stall before the run gives up."""
 
     @model_validator(mode="after")
@@ -415,9 +417,7 @@ class CheckpointConfig(Section, marks=(Resumable,)):
     """End the run when this many saves in a row have failed, as on a full disk; the last save must not fail."""
     mirror: Annotated[Annotated[str, Field(min_length=1)] | None, Place] = None
     """Directory or s3:// prefix for a second copy of the run; a lost run directory is fetched from it. null: none."""
-    mirror_deadline_s: Annotated[Positive | None, Only("remote_mirror", (True,), 60.0, words="a mirror on s3://")] = (
-        None
-    )
+    mirror_deadline_s: Annotated[Positive | None, Only("remote_mirror", (True,), DEADLINE_S, words=MIRROR)] = None
     """Seconds for which an s3:// mirror may fail or stall before a copy is given up."""
 
     @property

@@ -16,13 +16,13 @@ import safetensors.torch
 
 from eqm_dist.config import SamplerConfig
 from eqm_dist.data.manifest import read_manifest
-from eqm_dist.data.storage import atomic_write, storage_errors
 from eqm_dist.derived import derive
 from eqm_dist.errors import ConfigError
 from eqm_dist.options import to_yaml, with_overrides
 from eqm_dist.pretrained import DESCRIPTION_FILE, WEIGHTS_FILE, Pretrained
 from eqm_dist.provenance import provenance
 from eqm_dist.run_directory import CONFIG_FILE, MANIFEST_FILE, METRICS_FILE, SAMPLES, picture_name
+from eqm_dist.storage.files import atomic_write, storage_errors
 from eqm_dist.track.jsonl import read_metrics
 from eqm_dist.train.engine import WEIGHT
 

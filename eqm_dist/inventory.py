@@ -11,10 +11,10 @@ from torch import Tensor
 
 from eqm_dist.build import OpenRun
 from eqm_dist.config import Config
-from eqm_dist.data.storage import storage_errors, whole_file
 from eqm_dist.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from eqm_dist.options import parse
 from eqm_dist.run_directory import CHECKPOINTS, CONFIG_FILE
+from eqm_dist.storage.files import storage_errors, whole_file
 from eqm_dist.train.checkpoint import (
     EMA_FILE,
     MARKER,

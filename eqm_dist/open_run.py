@@ -18,15 +18,6 @@ from eqm_dist.build import OpenRun, build_autoencoder, build_mirror
 from eqm_dist.config import Config
 from eqm_dist.data.manifest import Manifest, read_manifest
 from eqm_dist.data.shards import digits_shards
-from eqm_dist.data.storage import (
-    Folder,
-    LocalFolder,
-    atomic_write,
-    is_remote,
-    local_path,
-    open_folder,
-    storage_errors,
-)
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.extractors import is_file_name, load_extractor
 from eqm_dist.options import (
@@ -45,6 +36,10 @@ from eqm_dist.options import (
 )
 from eqm_dist.run_directory import CONFIG_FILE, METRICS_FILE, MLFLOW_FILE, manifest_file
 from eqm_dist.runs import runs_root
+from eqm_dist.storage.files import atomic_write, storage_errors
+from eqm_dist.storage.folder import Folder, LocalFolder
+from eqm_dist.storage.location import is_remote, local_path
+from eqm_dist.storage.open import open_folder
 from eqm_dist.track.mlflow import MlflowRun, default_uri
 from eqm_dist.track.mlflow import open_run as open_mlflow_run
 from eqm_dist.train.checkpoint import step_of

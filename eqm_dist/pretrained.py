@@ -27,7 +27,6 @@ from eqm_dist.config import SIZES, Config
 from eqm_dist.core.guidance import TimedField
 from eqm_dist.data.loader import ShardReader
 from eqm_dist.data.manifest import Manifest, read_manifest
-from eqm_dist.data.storage import local_path
 from eqm_dist.errors import CheckpointError, ConfigError, DataError
 from eqm_dist.evaluate.generate import Generated, generate, warn_of_failures
 from eqm_dist.models.autoencoder import Autoencoder, load_autoencoder, mean_latents
@@ -35,6 +34,7 @@ from eqm_dist.models.sit import SiT
 from eqm_dist.options import parse, with_overrides
 from eqm_dist.run_directory import CHECKPOINTS, CONFIG_FILE, MANIFEST_FILE
 from eqm_dist.runs import runs_root
+from eqm_dist.storage.location import local_path
 from eqm_dist.train.checkpoint import MARKER, Checkpoints, read_marker, read_whole, verify_file
 from eqm_dist.train.engine import WEIGHT
 from eqm_dist.train.optimizer import ema_key

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from eqm_dist.data.storage import local_path
+from eqm_dist.storage.location import local_path
 
 
 def runs_root(root: str | None = None) -> Path:

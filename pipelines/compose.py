@@ -34,11 +34,11 @@ def main(arguments: Sequence[str]) -> None:
     import torch
 
     from eqm_dist.build import load_extractor
-    from eqm_dist.data.storage import atomic_write, storage_errors
     from eqm_dist.evaluate.features import ImageClassifier
     from eqm_dist.evaluate.grid import sample_grid
     from eqm_dist.pretrained import load, newest_run
     from eqm_dist.provenance import provenance
+    from eqm_dist.storage.files import atomic_write, storage_errors
     from eqm_dist.tasks.compose import composed, share_of_both
 
     model = load(options.model or newest_run(), autoencoder=options.autoencoder, overrides=cli.overrides_from(options))

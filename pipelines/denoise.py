@@ -36,10 +36,10 @@ def main(arguments: Sequence[str]) -> None:
     import torch
 
     from eqm_dist.build import load_extractor
-    from eqm_dist.data.storage import atomic_write, storage_errors
     from eqm_dist.evaluate.metrics import feature_moments, frechet_distance
     from eqm_dist.pretrained import load, newest_run
     from eqm_dist.provenance import provenance
+    from eqm_dist.storage.files import atomic_write, storage_errors
     from eqm_dist.tasks.denoise import restoration_figure, restoration_grid, restore
 
     model = load(options.model or newest_run(), autoencoder=options.autoencoder, overrides=cli.overrides_from(options))

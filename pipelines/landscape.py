@@ -41,8 +41,8 @@ def main(arguments: Sequence[str]) -> None:
 
     import torch
 
-    from eqm_dist.data.storage import atomic_write, storage_errors
     from eqm_dist.logs import setup_logging
+    from eqm_dist.storage.files import atomic_write, storage_errors
     from eqm_dist.tasks.landscape import METHODS, energy_distance, toy_data, train
     from eqm_dist.tasks.landscape_figure import Descent, animation, figure
 

@@ -41,10 +41,10 @@ def main(arguments: Sequence[str]) -> None:
     import torch
 
     from eqm_dist.core.energy import ExplicitEnergy
-    from eqm_dist.data.storage import atomic_write, storage_errors
     from eqm_dist.evaluate.images import first_images
     from eqm_dist.pretrained import load, newest_run
     from eqm_dist.provenance import provenance
+    from eqm_dist.storage.files import atomic_write, storage_errors
     from eqm_dist.tasks.ood import detect, detection_figure, field_norm, made_up_sets
 
     model = load(options.model or newest_run(), autoencoder=options.autoencoder, overrides=cli.overrides_from(options))

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eqm_dist.cli import command_parser, run
-from eqm_dist.data.storage import DEADLINE_S, is_remote
 from eqm_dist.errors import ConfigError
 from eqm_dist.logs import setup_logging
+from eqm_dist.storage.location import DEADLINE_S, is_remote
 
 if TYPE_CHECKING:
     from eqm_dist.data.sources import ImageSource

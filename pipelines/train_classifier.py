@@ -34,9 +34,9 @@ def main(arguments: Sequence[str]) -> None:
 
     import torch
 
-    from eqm_dist.data.storage import atomic_write
     from eqm_dist.evaluate.features import save_classifier
     from eqm_dist.evaluate.train_classifier import accuracy, digits, images_of, train
+    from eqm_dist.storage.files import atomic_write
 
     torch.set_num_threads(1)  # one thread: the same sums in the same order, hence the same weights
     images, labels = images_of(options.shards) if options.shards else digits()

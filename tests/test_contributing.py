@@ -40,7 +40,7 @@ class CosineDecay:
         'family: Literal["constant", ': 'family: Literal["cosine", "constant", ',
     },
     "eqm_dist/build.py": {
-        "from eqm_dist.core.decay import ConstantDecay, ": "from eqm_dist.core.decay import ConstantDecay, CosineDecay, ",
+        "core.decay import ConstantDecay, ": "core.decay import ConstantDecay, CosineDecay, ",
         '''    match decay.family:
 ''': '''    match decay.family:
         case "cosine":

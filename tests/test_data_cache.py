@@ -16,8 +16,9 @@ import pytest
 
 from eqm_dist.data.cache import FileCache
 from eqm_dist.data.manifest import FileRecord
-from eqm_dist.data.storage import LocalFolder, open_folder
 from eqm_dist.errors import ConfigError, DataError, StorageError
+from eqm_dist.storage.folder import LocalFolder
+from eqm_dist.storage.open import open_folder
 from tests import s3
 from tests.s3 import FaultyProxy, s3_server
 
@@ -151,7 +152,7 @@ READ = """
 import sys
 from eqm_dist.data.cache import FileCache
 from eqm_dist.data.manifest import FileRecord
-from eqm_dist.data.storage import open_folder
+from eqm_dist.storage.open import open_folder
 cache, *records = sys.argv[1:]
 for record in records:
     with FileCache(cache, 10**8).open(open_folder("s3://bucket/data"), FileRecord.model_validate_json(record)) as file:

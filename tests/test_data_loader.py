@@ -20,9 +20,9 @@ from eqm_dist.data.manifest import Manifest, ShardRecord, file_record, write_man
 from eqm_dist.data.order import SampleOrder
 from eqm_dist.data.shards import digits_shards, write_shards
 from eqm_dist.data.sources import Digits, LabelledImage
-from eqm_dist.data.storage import open_folder
 from eqm_dist.errors import DataError
 from eqm_dist.models.autoencoder import IdentityAutoencoder
+from eqm_dist.storage.open import open_folder
 
 
 class Ramp:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from eqm_dist.data.manifest import FileRecord, Manifest, ShardRecord, read_manifest, write_manifest
-from eqm_dist.data.storage import open_folder
 from eqm_dist.errors import DataError
+from eqm_dist.storage.open import open_folder
 
 MANIFEST = Manifest(
     name="tiny",

@@ -14,10 +14,10 @@ from eqm_dist.data.merge import merge_shards
 from eqm_dist.data.publish import publish_shards
 from eqm_dist.data.shards import digits_shards, write_shards
 from eqm_dist.data.sources import Digits
-from eqm_dist.data.storage import open_folder
 from eqm_dist.data.verify import verify_shards
 from eqm_dist.errors import DataError
 from eqm_dist.models.autoencoder import IdentityAutoencoder
+from eqm_dist.storage.open import open_folder
 from pipelines import prepare_shards
 from tests import s3
 from tests.images import write_tree

@@ -1,1 +1,1 @@
-"""From images to the batches of any worker: sources, shards, manifest, order, loader, storage."""
+"""From images to the batches of any worker: sources, shards, manifest, order, loader."""

@@ -8,8 +8,11 @@ import numpy as np
 
 from eqm_dist.data.index import ShardIndex, index_tar, write_index
 from eqm_dist.data.manifest import MANIFEST_NAME, FileRecord, Manifest, ShardRecord, record_of, write_manifest
-from eqm_dist.data.storage import DEADLINE_S, Folder, open_folder, open_whole, storage_errors
 from eqm_dist.errors import DataError
+from eqm_dist.storage.files import storage_errors
+from eqm_dist.storage.folder import Folder
+from eqm_dist.storage.location import DEADLINE_S
+from eqm_dist.storage.open import open_folder, open_whole
 
 
 @dataclass(frozen=True)

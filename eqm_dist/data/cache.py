@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from eqm_dist.data.manifest import FileRecord, check_checksum
-from eqm_dist.data.storage import TEMPORARY_SUFFIX, Folder, fsync_directory, local_path, storage_errors
 from eqm_dist.errors import ConfigError
+from eqm_dist.storage.files import TEMPORARY_SUFFIX, fsync_directory, storage_errors
+from eqm_dist.storage.folder import Folder
+from eqm_dist.storage.location import local_path
 
 LOCK_SUFFIX = ".lock"
 

@@ -18,9 +18,9 @@ from webdataset.writer import TarWriter
 from eqm_dist.data.index import SKIPPED_NAME, ShardIndex, index_shard
 from eqm_dist.data.manifest import MomentsDtype
 from eqm_dist.data.sources.image import ImageSource, LabelledImage, SkippedImage
-from eqm_dist.data.storage import atomic_write
 from eqm_dist.errors import DataError
 from eqm_dist.models.autoencoder import Autoencoder
+from eqm_dist.storage.files import atomic_write
 
 ENCODE_BATCH = 64
 """Images encoded at once. Part of what decides a shard's bytes: sums on a GPU may depend on it."""

@@ -26,8 +26,8 @@ from numpy.lib import format as npy
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from eqm_dist.data.storage import atomic_write, storage_errors
 from eqm_dist.errors import ConfigError, DataError
+from eqm_dist.storage.files import atomic_write, storage_errors
 
 Format = Literal["png", "tar", "npz"]
 FORMATS: tuple[Format, ...] = get_args(Format)

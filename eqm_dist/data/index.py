@@ -10,8 +10,10 @@ import numpy as np
 
 from eqm_dist.data.manifest import FileRecord, Manifest, check_bytes, check_checksum, record_of
 from eqm_dist.data.sources.image import SkippedImage
-from eqm_dist.data.storage import Folder, open_whole, storage_errors
 from eqm_dist.errors import DataError
+from eqm_dist.storage.files import storage_errors
+from eqm_dist.storage.folder import Folder
+from eqm_dist.storage.open import open_whole
 
 INDEX_NAME = "index.npy"
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("label", "<i4")])

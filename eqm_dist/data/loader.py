@@ -18,8 +18,10 @@ from eqm_dist.data.cache import FileCache
 from eqm_dist.data.index import map_index, read_index
 from eqm_dist.data.manifest import check_bytes, check_checksum, check_size, read_manifest
 from eqm_dist.data.order import MixedOrder, SampleOrder, rank_range
-from eqm_dist.data.storage import is_remote, open_folder, storage_errors
 from eqm_dist.errors import DataError
+from eqm_dist.storage.files import storage_errors
+from eqm_dist.storage.location import is_remote
+from eqm_dist.storage.open import open_folder
 
 OPEN_SHARDS = 256
 """Shards mapped at once. Each holds a file descriptor, of which a process may often have only 1,024."""

@@ -13,8 +13,10 @@ from typing import Annotated, BinaryIO, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from eqm_dist.data.storage import Folder, LocalFolder, open_folder, storage_errors
 from eqm_dist.errors import DataError, StorageError
+from eqm_dist.storage.files import storage_errors
+from eqm_dist.storage.folder import Folder, LocalFolder
+from eqm_dist.storage.open import open_folder
 
 VERSION = 1
 MANIFEST_NAME = "manifest.json"

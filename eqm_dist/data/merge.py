@@ -7,8 +7,11 @@ import numpy as np
 
 from eqm_dist.data.index import INDEX_DTYPE, read_index, write_index
 from eqm_dist.data.manifest import MANIFEST_NAME, Manifest, check_bytes, read_manifest, write_manifest
-from eqm_dist.data.storage import DEADLINE_S, LocalFolder, open_folder, remove_leftovers
 from eqm_dist.errors import DataError
+from eqm_dist.storage.files import remove_leftovers
+from eqm_dist.storage.folder import LocalFolder
+from eqm_dist.storage.location import DEADLINE_S
+from eqm_dist.storage.open import open_folder
 
 AGREE = (
     "autoencoder",

@@ -5,8 +5,9 @@ import time
 from pathlib import Path
 
 from eqm_dist.data.manifest import MANIFEST_NAME, Manifest, read_manifest
-from eqm_dist.data.storage import DEADLINE_S, open_folder
 from eqm_dist.errors import DataError
+from eqm_dist.storage.location import DEADLINE_S
+from eqm_dist.storage.open import open_folder
 
 logger = logging.getLogger(__name__)
 

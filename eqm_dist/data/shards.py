@@ -32,9 +32,11 @@ from eqm_dist.data.manifest import (
 )
 from eqm_dist.data.sources.digits import Digits
 from eqm_dist.data.sources.image import ImageSource, SkippedImage
-from eqm_dist.data.storage import LocalFolder, atomic_write, local_path, remove_leftovers, storage_errors
 from eqm_dist.errors import DataError
 from eqm_dist.models.autoencoder import Autoencoder, IdentityAutoencoder
+from eqm_dist.storage.files import atomic_write, remove_leftovers, storage_errors
+from eqm_dist.storage.folder import LocalFolder
+from eqm_dist.storage.location import local_path
 
 REQUEST_NAME = "preparation.json"
 REPORT_NAME = "report.json"

@@ -7,8 +7,11 @@ import numpy as np
 
 from eqm_dist.data.index import index_tar, read_index
 from eqm_dist.data.manifest import Manifest, ShardRecord, check_bytes, check_checksum, read_manifest
-from eqm_dist.data.storage import DEADLINE_S, Folder, open_folder, open_whole, storage_errors
 from eqm_dist.errors import DataError
+from eqm_dist.storage.files import storage_errors
+from eqm_dist.storage.folder import Folder
+from eqm_dist.storage.location import DEADLINE_S
+from eqm_dist.storage.open import open_folder, open_whole
 
 READERS = 4
 """Shards checked at once; of those on S3 so many copies take room for temporary files."""

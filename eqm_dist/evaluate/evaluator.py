@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from eqm_dist.core.guidance import TimedField
 from eqm_dist.core.sampling import SamplingMethod
 from eqm_dist.data.order import rank_range
-from eqm_dist.data.storage import storage_errors
 from eqm_dist.evaluate.figures import nfe_histogram
 from eqm_dist.evaluate.generate import Generated, generate, warn_of_failures
 from eqm_dist.evaluate.grid import sample_grid
@@ -22,6 +21,7 @@ from eqm_dist.evaluate.references import cached_statistics
 from eqm_dist.evaluate.statistics import FEATURES, ImageStatistics, Rows, compute, image_statistics, parts_of
 from eqm_dist.models.autoencoder import Autoencoder
 from eqm_dist.run_directory import picture_name
+from eqm_dist.storage.files import storage_errors
 
 NARROW = 512
 """Features up to which the yardstick is the mean of several halvings; each of wider ones takes a minute."""

@@ -24,9 +24,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from eqm_dist.data.storage import storage_errors
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.features import load_classifier, load_digit_classifier
+from eqm_dist.storage.files import storage_errors
 
 INCEPTION = "inception"
 DINOV2 = {"dinov2-vit-s-14": 384, "dinov2-vit-b-14": 768, "dinov2-vit-l-14": 1024, "dinov2-vit-g-14": 1536}

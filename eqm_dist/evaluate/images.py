@@ -24,9 +24,12 @@ from eqm_dist.data.preprocess import PreparedImages
 from eqm_dist.data.sources import RawImage, SkippedImage
 from eqm_dist.data.sources.files import find_files
 from eqm_dist.data.sources.folder import SUFFIXES
-from eqm_dist.data.storage import DEADLINE_S, Folder, is_remote, local_path, open_folder, storage_errors
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.models.autoencoder import Autoencoder, load_autoencoder, mean_latents
+from eqm_dist.storage.files import storage_errors
+from eqm_dist.storage.folder import Folder
+from eqm_dist.storage.location import DEADLINE_S, is_remote, local_path
+from eqm_dist.storage.open import open_folder
 
 ADM_IMAGES = "arr_0"
 """The array of images in an ADM .npz."""

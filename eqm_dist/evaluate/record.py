@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from eqm_dist.data.storage import storage_errors
 from eqm_dist.evaluate.statistics import metric_of
 from eqm_dist.metric_settings import MetricSettings
+from eqm_dist.storage.files import storage_errors
 
 
 def records_of(

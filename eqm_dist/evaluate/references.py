@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from eqm_dist.data.storage import atomic_write, local_path, storage_errors
 from eqm_dist.errors import DataError
 from eqm_dist.evaluate.images import Images
 from eqm_dist.evaluate.metrics import FeatureMoments
@@ -31,6 +30,8 @@ from eqm_dist.evaluate.statistics import (
     extractor_id,
     name_of,
 )
+from eqm_dist.storage.files import atomic_write, storage_errors
+from eqm_dist.storage.location import local_path
 
 FORMAT = "eqm-dist image statistics 1"
 CACHE_DIR = "~/.cache/eqm-dist/statistics"

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from eqm_dist.data.image_set import RECORD_FILE, Unit
-from eqm_dist.data.storage import local_path
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.extractors import INCEPTION, is_file_name, load_extractor
 from eqm_dist.evaluate.images import Images, open_images
@@ -35,6 +34,7 @@ from eqm_dist.metric_settings import MetricSettings
 from eqm_dist.options import dump
 from eqm_dist.pretrained import Pretrained
 from eqm_dist.provenance import provenance
+from eqm_dist.storage.location import local_path
 
 UNIT, MOST_UNITS = 1024, 256
 """Images of a unit, after which its statistics travel back: more where there would be too many units to add."""

@@ -3,9 +3,9 @@
 import shutil
 from pathlib import Path
 
-from eqm_dist.data.storage import storage_errors
 from eqm_dist.errors import CheckpointError
 from eqm_dist.run_directory import CHECKPOINTS, METRICS_FILE
+from eqm_dist.storage.files import storage_errors
 from eqm_dist.train.checkpoint import Checkpoints
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from eqm_dist.data.image_set import GRID_FILE, NFE_FILE, RECORD_FILE, Format, ImageSet, Unit, open_image_set
-from eqm_dist.data.storage import storage_errors
 from eqm_dist.evaluate.figures import nfe_histogram
 from eqm_dist.evaluate.grid import sample_grid
 from eqm_dist.evaluate.labels import labels_of
@@ -19,6 +18,7 @@ from eqm_dist.logs import Progress
 from eqm_dist.options import dump
 from eqm_dist.pretrained import Pretrained
 from eqm_dist.provenance import provenance
+from eqm_dist.storage.files import storage_errors
 from eqm_dist.text import labelled
 
 LEAST_UNIT, MOST_UNIT, UNITS = 32, 1024, 128

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
-from eqm_dist.data.storage import atomic_write, storage_errors
 from eqm_dist.errors import ConfigError
 from eqm_dist.evaluate.record import append_records
+from eqm_dist.storage.files import atomic_write, storage_errors
 from eqm_dist.sweeps.spaces import trial_name
 from eqm_dist.text import aligned
 from eqm_dist.track.jsonl import read_metrics

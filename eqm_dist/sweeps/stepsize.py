@@ -8,12 +8,12 @@ from typing import Any
 import torch
 import yaml
 
-from eqm_dist.data.storage import atomic_write
 from eqm_dist.derived import step_size_bound
 from eqm_dist.launch.evaluation import Reference
 from eqm_dist.logs import clock
 from eqm_dist.options import dump, required, to_yaml
 from eqm_dist.runs import runs_root
+from eqm_dist.storage.files import atomic_write
 from eqm_dist.sweeps.cost import measured_seconds
 from eqm_dist.sweeps.halving import Halving
 from eqm_dist.sweeps.plan import PREFIX, Plan

@@ -21,7 +21,6 @@ import yaml
 
 from eqm_dist.build import build_decay, build_model
 from eqm_dist.config import Config
-from eqm_dist.data.storage import atomic_write
 from eqm_dist.derived import derive
 from eqm_dist.errors import ConfigError, LaunchError
 from eqm_dist.launch.ray_cluster import cluster
@@ -30,6 +29,7 @@ from eqm_dist.logs import clock
 from eqm_dist.options import Axis, dump, flatten, keys_with, required, to_yaml, with_overrides
 from eqm_dist.run_directory import METRICS_FILE, MLFLOW_FILE
 from eqm_dist.runs import runs_root
+from eqm_dist.storage.files import atomic_write
 from eqm_dist.sweeps.cost import measured_seconds
 from eqm_dist.sweeps.plots import c_gamma_curves, fid_with_error_bars, parallel_coordinates
 from eqm_dist.sweeps.results import BEST_FILE, CSV_FILE, Ledger, short, shown

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from eqm_dist.data.storage import atomic_write
+from eqm_dist.storage.files import atomic_write
 from eqm_dist.track.jsonl import read_metrics
 from eqm_dist.train.loop import Tracker
 

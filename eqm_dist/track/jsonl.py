@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from eqm_dist.data.storage import atomic_write, storage_errors
 from eqm_dist.errors import StorageError
+from eqm_dist.storage.files import atomic_write, storage_errors
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from eqm_dist.data.storage import atomic_write
 from eqm_dist.errors import ConfigError, TrackingError
 from eqm_dist.run_directory import CONFIG_FILE, MLFLOW_FILE
+from eqm_dist.storage.files import atomic_write
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from eqm_dist.data.storage import atomic_write
 from eqm_dist.provenance import provenance
 from eqm_dist.run_directory import RESULT_FILE
+from eqm_dist.storage.files import atomic_write
 
 
 def write_result(run_directory: Path, result: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eqm_dist.data.storage import atomic_write, storage_errors
 from eqm_dist.run_directory import step_name
+from eqm_dist.storage.files import atomic_write, storage_errors
 
 SCORE = "eval/fid"
 """What makes a checkpoint better than another: lower is better."""

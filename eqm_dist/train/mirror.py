@@ -17,9 +17,11 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from eqm_dist.data.storage import Folder, atomic_write, open_folder, storage_errors, whole_file
 from eqm_dist.errors import CheckpointError, StorageError
 from eqm_dist.run_directory import CHECKPOINTS, MLFLOW_FILE, is_report
+from eqm_dist.storage.files import atomic_write, storage_errors, whole_file
+from eqm_dist.storage.folder import Folder
+from eqm_dist.storage.open import open_folder
 from eqm_dist.train.checkpoint import MARKER, Checkpoints, parse_marker, step_of
 
 STEP = re.compile(r"step_\d+")

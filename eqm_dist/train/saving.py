@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eqm_dist.data.storage import atomic_write, fsync_directory, storage_errors, whole_file
 from eqm_dist.errors import EqmDistError, StorageError
 from eqm_dist.run_directory import CONFIG_FILE
+from eqm_dist.storage.files import atomic_write, fsync_directory, storage_errors, whole_file
 from eqm_dist.train.checkpoint import EMA_FILE, FORMAT, MARKER, Checkpoints, fill, read_pieces, remove
 from eqm_dist.train.distributed import background_group, from_rank_zero, gather_objects, rank, world_size
 from eqm_dist.train.engine import Engine, Fragment

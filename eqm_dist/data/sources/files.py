@@ -4,7 +4,10 @@ import glob
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from eqm_dist.data.storage import Folder, LocalFolder, is_remote, local_path, open_folder, storage_errors
+from eqm_dist.storage.files import storage_errors
+from eqm_dist.storage.folder import Folder, LocalFolder
+from eqm_dist.storage.location import is_remote, local_path
+from eqm_dist.storage.open import open_folder
 
 
 def find_files(location: str, suffixes: Sequence[str], deadline_s: float) -> tuple[Folder, list[str]]:

@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from eqm_dist.data.sources.image import RawImage
-from eqm_dist.data.storage import DEADLINE_S, LocalFolder, open_folder
 from eqm_dist.errors import DataError
+from eqm_dist.storage.folder import LocalFolder
+from eqm_dist.storage.location import DEADLINE_S
+from eqm_dist.storage.open import open_folder
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff"})
 """Files with other endings are no images; those with these are read, and skipped with a reason if they are broken."""

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from eqm_dist.data.sources.image import RawImage
-from eqm_dist.data.storage import DEADLINE_S, Folder, open_folder
 from eqm_dist.errors import DataError
+from eqm_dist.storage.folder import Folder
+from eqm_dist.storage.location import DEADLINE_S
+from eqm_dist.storage.open import open_folder
 
 
 class IdxImages:

@@ -14,8 +14,10 @@ import pyarrow.parquet as parquet
 
 from eqm_dist.data.sources.files import find_files
 from eqm_dist.data.sources.image import RawImage
-from eqm_dist.data.storage import DEADLINE_S, Folder, LocalFolder, storage_errors
 from eqm_dist.errors import DataError
+from eqm_dist.storage.files import storage_errors
+from eqm_dist.storage.folder import Folder, LocalFolder
+from eqm_dist.storage.location import DEADLINE_S
 
 
 class _Piece(NamedTuple):

@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 from eqm_dist.data.sources.files import find_files
 from eqm_dist.data.sources.image import RawImage
-from eqm_dist.data.storage import DEADLINE_S, Folder, storage_errors
 from eqm_dist.errors import DataError
+from eqm_dist.storage.files import storage_errors
+from eqm_dist.storage.folder import Folder
+from eqm_dist.storage.location import DEADLINE_S
 
 SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 LABEL_FIELDS = ("label", "cls")

@@ -1,4 +1,4 @@
-"""Locations and whole files."""
+"""Locations, whole files, and folders on this machine and on S3."""
 
 import io
 import pickle
@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from eqm_dist.data import storage
-from eqm_dist.data.storage import Folder, atomic_write, fsync_directory, local_path, open_folder, remove_leftovers
 from eqm_dist.errors import DataError, StorageError
+from eqm_dist.storage import s3 as storage_s3
+from eqm_dist.storage.files import atomic_write, fsync_directory, remove_leftovers
+from eqm_dist.storage.folder import Folder
+from eqm_dist.storage.location import local_path
+from eqm_dist.storage.open import open_folder
 from tests import s3
 from tests.disk import no_file_larger_than
 from tests.s3 import FaultyProxy, s3_server
@@ -123,7 +126,9 @@ def test_both_folders_behave_alike(folder: Folder, tmp_path: Path) -> None:
 def test_both_folders_read_from_any_place(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     content = random.Random(0).randbytes(100_000)
     folder.write("deep/er/file", content)
-    monkeypatch.setattr(storage, "READ_AHEAD_BYTES", 1000)  # so that reads end within, at and after a request's bytes
+    monkeypatch.setattr(
+        storage_s3, "READ_AHEAD_BYTES", 1000
+    )  # so that reads end within, at and after a request's bytes
     with pickle.loads(pickle.dumps(folder)).open("deep/er/file") as file:
         for start, length in ((0, 10), (5, 1500), (99_990, 100), (3000, 3000), (100_000, 1), (7, 0)):
             file.seek(start)
@@ -139,7 +144,7 @@ def test_reading_forward_takes_few_requests(monkeypatch: pytest.MonkeyPatch, end
         s3.use(monkeypatch, proxy.endpoint)
         folder = open_folder("s3://bucket/forward", deadline_s=5)
         folder.write("file", bytes(10_000))
-        monkeypatch.setattr(storage, "READ_AHEAD_BYTES", 4000)
+        monkeypatch.setattr(storage_s3, "READ_AHEAD_BYTES", 4000)
         with folder.open("file") as file:
             for _ in range(100):
                 file.seek(90, io.SEEK_CUR)
@@ -164,7 +169,7 @@ def test_both_folders_see_what_lies_deeper(folder: Folder) -> None:
 def test_both_folders_take_and_copy_files_of_any_size(
     size: int, folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "PART_BYTES", 5 << 20)  # the least that S3 takes
+    monkeypatch.setattr(storage_s3, "PART_BYTES", 5 << 20)  # the least that S3 takes
     content = random.Random(size).randbytes(size)
     folder.upload("up/loaded", io.BytesIO(content))
     assert folder.read("up/loaded") == content
@@ -177,7 +182,7 @@ def test_both_folders_take_and_copy_files_of_any_size(
 
 
 def test_an_upload_in_parts_survives_a_bad_network(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
-    monkeypatch.setattr(storage, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(storage_s3, "PART_BYTES", 5 << 20)
     content = random.Random(0).randbytes(11 << 20)
     with FaultyProxy(endpoint, failing=0.4, seed=2) as proxy:
         s3.use(monkeypatch, proxy.endpoint)
@@ -196,7 +201,7 @@ def test_an_upload_that_ends_half_way_leaves_nothing(monkeypatch: pytest.MonkeyP
                 raise OSError("the disk is gone")
             return super().read(size)
 
-    monkeypatch.setattr(storage, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(storage_s3, "PART_BYTES", 5 << 20)
     s3.use(monkeypatch, endpoint)
     with pytest.raises(OSError, match="the disk is gone"):
         open_folder("s3://bucket/half").upload("file", Broken(bytes(11 << 20)))
@@ -207,7 +212,7 @@ def test_an_upload_that_ends_half_way_leaves_nothing(monkeypatch: pytest.MonkeyP
 def test_an_s3_folder_lists_pages_and_not_what_lies_deeper(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
     s3.use(monkeypatch, endpoint)
     plain = s3.client(endpoint)
-    monkeypatch.setattr(storage, "LIST_PAGE", 4)
+    monkeypatch.setattr(storage_s3, "LIST_PAGE", 4)
     names = [f"{number:04d}" for number in range(10)]
     for name in [*names, "deeper/file"]:
         plain.put_object(Bucket=s3.BUCKET, Key=f"pages/{name}", Body=b"x")
