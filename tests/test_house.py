@@ -68,6 +68,7 @@ def test_every_command_of_the_readme_exists() -> None:
     for line in others:
         files = re.findall(r"(?:pipelines|tuning)/\w+\.py", line)
         files += ["cluster/lab/__main__.py", "cluster/lab/chaos.py"] if "cluster.lab" in line else []
+        files += [re.sub(r"^\w+", "eqm_dist/commands", file) for file in files if "cluster" not in file]
         source = "".join((ROOT / file).read_text(encoding="utf-8") for file in files)
         assert [
             flag for flag in re.findall(r"--[\w.-]+", line) if f'"{flag}"' not in source and flag[2:] not in keys

@@ -12,18 +12,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from eqm_dist import cli
 from eqm_dist.errors import CheckpointError
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        EqmDistError: one sentence for the user.
-        SystemExit: with 1; a checkpoint is damaged.
-    """
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of this command."""
     parser = cli.command_parser(__doc__)
     actions = parser.add_subparsers(dest="action", required=True, metavar="{ls,verify,export,convert}")
     ls, verify, export, convert = (actions.add_parser(name) for name in ("ls", "verify", "export", "convert"))
@@ -34,7 +30,17 @@ def main(arguments: Sequence[str]) -> None:
                         help="one of optimizer.ema_decays, or none (default: the first)")  # fmt: skip
     export.add_argument("--out", metavar="DIR", help="a new directory (default: exports/NAME-stepN)")
     convert.add_argument("--out", metavar="FILE", help="(default: NAME-stepN.pt)")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Raises:
+        EqmDistError: one sentence for the user.
+        SystemExit: with 1; a checkpoint is damaged.
+    """
+    options = make_parser().parse_args(arguments)
 
     from eqm_dist import inventory
     from eqm_dist.export import export as write_export
@@ -74,5 +80,6 @@ def _decay(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"must be a decay like 0.9999, or none, got {text}") from None
 
 
-if __name__ == "__main__":
+def start() -> NoReturn:
+    """Run the command as a program."""
     cli.run(main)

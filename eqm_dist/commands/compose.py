@@ -4,21 +4,19 @@ python pipelines/compose.py --labels 3,8                       the newest run in
 python pipelines/compose.py --model runs/mine --labels 207,360 --weights 0.6,0.4
 """
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from eqm_dist import cli
 from eqm_dist.errors import ConfigError
 from eqm_dist.logs import setup_logging
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        EqmDistError: one sentence for the user.
-    """
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of this command."""
     parser = cli.command_parser(__doc__)
     cli.add_model_flags(parser)
     parser.add_argument("--out", metavar="DIR", help="(default: compose/NAME-stepN)")
@@ -27,7 +25,16 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--samples", type=cli.count, default=200, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: %(default)s)")
     parser.add_argument("--batch", type=cli.count, default=256, metavar="N", help="(default: %(default)s)")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Raises:
+        EqmDistError: one sentence for the user.
+    """
+    options = make_parser().parse_args(arguments)
     labels = [int(value) for value in _numbers("--labels", options.labels)]
     weights = _numbers("--weights", options.weights) if options.weights else [1 / len(labels)] * len(labels)
 
@@ -78,6 +85,7 @@ def _numbers(flag: str, text: str) -> list[float]:
         raise ConfigError(f"{flag} must be numbers like 3,8, got {text}; correct it.") from None
 
 
-if __name__ == "__main__":
+def start() -> NoReturn:
+    """Run the command as a program."""
     setup_logging()
     cli.run(main)

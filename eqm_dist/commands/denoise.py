@@ -4,21 +4,19 @@ python pipelines/denoise.py                                   the newest run in 
 python pipelines/denoise.py --model runs/mine --start-noise 0.9,0.6,0.3 --samples 2000
 """
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from eqm_dist import cli
 from eqm_dist.errors import ConfigError
 from eqm_dist.logs import setup_logging
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        EqmDistError: one sentence for the user.
-    """
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of this command."""
     parser = cli.command_parser(__doc__)
     cli.add_model_flags(parser)
     parser.add_argument("--out", metavar="DIR", help="(default: denoise/NAME-stepN)")
@@ -30,7 +28,16 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--samples", type=cli.count, default=1000, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: %(default)s)")
     parser.add_argument("--batch", type=cli.count, default=256, metavar="N", help="(default: %(default)s)")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Raises:
+        EqmDistError: one sentence for the user.
+    """
+    options = make_parser().parse_args(arguments)
     levels = _levels(options.start_noise)
 
     import torch
@@ -90,6 +97,7 @@ def _levels(text: str) -> list[float]:
     return levels
 
 
-if __name__ == "__main__":
+def start() -> NoReturn:
+    """Run the command as a program."""
     setup_logging()
     cli.run(main)

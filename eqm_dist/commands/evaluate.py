@@ -10,8 +10,10 @@ Images and references are folders of image files, tars, an .npz with arr_0, or s
 appended to --out as one line of JSON that says how it came about.
 """
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from eqm_dist import cli
 from eqm_dist.errors import ConfigError
@@ -22,12 +24,8 @@ MODEL_FLAGS = ("model", "autoencoder", "samples", "labels", "seed")
 SAMPLES = 50_000
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        EqmDistError: one sentence for the user.
-    """
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of this command."""
     parser = cli.command_parser(__doc__)
     parser.add_argument("--images", metavar="PATH", help="measure these images and draw none")
     cli.add_model_flags(parser)
@@ -66,7 +64,16 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--batch", type=cli.count, default=64, metavar="N", help="at once (default: %(default)s)")
     parser.add_argument("--launcher", choices=["ray", "local"], default="ray", help="(default: %(default)s)")
     parser.add_argument("--actors", type=cli.count, metavar="N", help="at most so many (default: one per GPU or core)")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Raises:
+        EqmDistError: one sentence for the user.
+    """
+    options = make_parser().parse_args(arguments)
     overrides = cli.model_overrides(options)
     useless = [f"--{name}" for name in MODEL_FLAGS if getattr(options, name) is not None]
     useless += [f"--{key}" for key in overrides]
@@ -118,6 +125,7 @@ def main(arguments: Sequence[str]) -> None:
     print(f"\n{table(records)}\n  record     {options.out}")
 
 
-if __name__ == "__main__":
+def start() -> NoReturn:
+    """Run the command as a program."""
     setup_logging()
     cli.run(main)

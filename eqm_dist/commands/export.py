@@ -5,10 +5,21 @@ python pipelines/export.py --model runs/mine --license cc-by-4.0 --out exports/m
 python pipelines/export.py --model EqM-B-2.pt --autoencoder stabilityai/sd-vae-ft-ema
 """
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from eqm_dist import cli
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of this command."""
+    parser = cli.command_parser(__doc__)
+    cli.add_model_flags(parser)
+    parser.add_argument("--out", metavar="DIR", help="a new directory (default: exports/NAME-stepN)")
+    parser.add_argument("--license", metavar="ID", help="SPDX id of the weights' license, for the model card")
+    return parser
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -17,11 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         EqmDistError: one sentence for the user.
     """
-    parser = cli.command_parser(__doc__)
-    cli.add_model_flags(parser)
-    parser.add_argument("--out", metavar="DIR", help="a new directory (default: exports/NAME-stepN)")
-    parser.add_argument("--license", metavar="ID", help="SPDX id of the weights' license, for the model card")
-    options = parser.parse_args(arguments)
+    options = make_parser().parse_args(arguments)
 
     from eqm_dist.export import export
     from eqm_dist.pretrained import load, newest_run
@@ -32,5 +39,6 @@ def main(arguments: Sequence[str]) -> None:
           "  images = model.sample(labels=[0, 1, 2])  # [3, H, W, C] uint8")  # fmt: skip
 
 
-if __name__ == "__main__":
+def start() -> NoReturn:
+    """Run the command as a program."""
     cli.run(main)

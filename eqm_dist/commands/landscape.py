@@ -7,21 +7,19 @@ energy EqM-E. Writes landscape.png (fields, trajectories, samples) and descent.g
 prints how far each one's samples are from data.
 """
 
+import argparse
 from collections.abc import Sequence
+from typing import NoReturn
 
-from eqm_dist.cli import command_parser, run
+from eqm_dist import cli
 from eqm_dist.errors import ConfigError
 
 SAMPLES = 1500
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        EqmDistError: one sentence for the user.
-    """
-    parser = command_parser(__doc__)
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of this command."""
+    parser = cli.command_parser(__doc__)
     parser.add_argument(
         "--out", metavar="DIR", default="landscape", help="directory, made if absent (default: %(default)s)"
     )
@@ -30,7 +28,16 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--steps", type=int, default=2000, help="updates of each network (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, draws and samples (default: %(default)s)")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Raises:
+        EqmDistError: one sentence for the user.
+    """
+    options = make_parser().parse_args(arguments)
     if options.steps < 1:
         raise ConfigError(f"--steps must be at least 1, got {options.steps}; leave it out for 2000.")
     if options.seed < 0:
@@ -67,5 +74,6 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{directory / name}: {len(content):,} bytes")
 
 
-if __name__ == "__main__":
-    run(main)
+def start() -> NoReturn:
+    """Run the command as a program."""
+    cli.run(main)

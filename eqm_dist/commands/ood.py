@@ -6,9 +6,11 @@ python pipelines/ood.py --model runs/mine --against noise,inverted,constant,data
 A foreign set is noise, inverted, constant, or any images of the model's size: shards, tars, an .npz, a folder.
 """
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from eqm_dist import cli
 from eqm_dist.errors import ConfigError, DataError
@@ -17,12 +19,8 @@ from eqm_dist.logs import setup_logging
 MADE_UP = "noise,inverted,constant"
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        EqmDistError: one sentence for the user.
-    """
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of this command."""
     parser = cli.command_parser(__doc__)
     cli.add_model_flags(parser)
     parser.add_argument("--out", metavar="DIR", help="(default: ood/NAME-stepN)")
@@ -36,7 +34,16 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of made-up images (default: %(default)s)")
     parser.add_argument("--batch", type=cli.count, default=256, metavar="N", help="(default: %(default)s)")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Raises:
+        EqmDistError: one sentence for the user.
+    """
+    options = make_parser().parse_args(arguments)
 
     import torch
 
@@ -94,6 +101,7 @@ def main(arguments: Sequence[str]) -> None:
     print(f"\n{out / 'scores.png'}\n{out / 'ood.json'}")
 
 
-if __name__ == "__main__":
+def start() -> NoReturn:
+    """Run the command as a program."""
     setup_logging()
     cli.run(main)

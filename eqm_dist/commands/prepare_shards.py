@@ -13,9 +13,9 @@ Running the same command again goes on where it stopped.
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from eqm_dist.cli import command_parser, run
+from eqm_dist import cli
 from eqm_dist.data.storage import DEADLINE_S, is_remote
 from eqm_dist.errors import ConfigError
 from eqm_dist.logs import setup_logging
@@ -32,6 +32,11 @@ SOURCES = {
 }
 
 
+def make_parser(command: str = "prepare") -> argparse.ArgumentParser:
+    """The flags of this command, or of ``verify``, ``index`` or ``merge``."""
+    return COMMANDS[command][0]()
+
+
 def main(arguments: Sequence[str]) -> None:
     """Run the command.
 
@@ -39,11 +44,11 @@ def main(arguments: Sequence[str]) -> None:
         EqmDistError: one sentence for the user.
     """
     command = arguments[0] if arguments and arguments[0] in COMMANDS else "prepare"
-    COMMANDS[command](arguments[command != "prepare" :])
+    COMMANDS[command][1](make_parser(command).parse_args(arguments[command != "prepare" :]))
 
 
-def prepare(arguments: Sequence[str]) -> None:
-    parser = command_parser(__doc__)
+def prepare_parser() -> argparse.ArgumentParser:
+    parser = cli.command_parser(__doc__)
     parser.add_argument(
         "--source", choices=SOURCES, help="; ".join(f"{kind}: {text}" for kind, text in SOURCES.items())
     )
@@ -79,7 +84,10 @@ def prepare(arguments: Sequence[str]) -> None:
         default="ray",
         help="ray: the cluster of RAY_ADDRESS, or a local one; local: this process alone (default: %(default)s)",
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def prepare(options: argparse.Namespace) -> None:
     if not (options.source and options.out):
         raise ConfigError(
             "--source and --out must be given, for example --source digits --out data/digits; see --help."
@@ -122,13 +130,16 @@ def prepare(arguments: Sequence[str]) -> None:
     print(f"--data.num_classes {manifest.num_classes}")
 
 
-def verify(arguments: Sequence[str]) -> None:
-    parser = command_parser(
-        "Compare every byte and sample of shards with their manifest.", prog="prepare_shards.py verify"
+def verify_parser() -> argparse.ArgumentParser:
+    parser = cli.command_parser(
+        "Compare every byte and sample of shards with their manifest.", prog=f"{cli.program()} verify"
     )
     parser.add_argument("directory", metavar="DIR", help="a directory or an s3:// prefix")
     _add_deadline(parser)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def verify(options: argparse.Namespace) -> None:
     deadline_s = _deadline_s(options, options.directory)
 
     from eqm_dist.data.verify import verify_shards
@@ -137,16 +148,19 @@ def verify(arguments: Sequence[str]) -> None:
     print(f"{options.directory} is whole: {manifest.num_samples:,} samples in {len(manifest.shards)} shards.")
 
 
-def index(arguments: Sequence[str]) -> None:
-    parser = command_parser(
-        "Index and manifest for tars of KEY.moments.npy [V, 2C, H, W] and KEY.cls.", prog="prepare_shards.py index"
+def index_parser() -> argparse.ArgumentParser:
+    parser = cli.command_parser(
+        "Index and manifest for tars of KEY.moments.npy [V, 2C, H, W] and KEY.cls.", prog=f"{cli.program()} index"
     )
     parser.add_argument("directory", metavar="DIR", help="a directory or an s3:// prefix")
     _add_autoencoder(parser)
     parser.add_argument("--images", default="unknown", metavar="TEXT", help="what the images came from")
     parser.add_argument("--num-classes", type=int, metavar="N", help="(default: the highest class there is, and one)")
     _add_deadline(parser)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def index(options: argparse.Namespace) -> None:
     deadline_s = _deadline_s(options, options.directory)
 
     from eqm_dist.data.assemble import index_directory
@@ -166,15 +180,18 @@ def index(arguments: Sequence[str]) -> None:
     print(f"{options.directory} holds {manifest.num_samples:,} samples in {len(manifest.shards)} shards.")
 
 
-def merge(arguments: Sequence[str]) -> None:
-    parser = command_parser(
+def merge_parser() -> argparse.ArgumentParser:
+    parser = cli.command_parser(
         "Join data sets of one kind into OUT; shards are hard-linked where the file system can, and S3 copies its own.",
-        prog="prepare_shards.py merge",
+        prog=f"{cli.program()} merge",
     )
     parser.add_argument("out", metavar="OUT", help="a directory or an s3:// prefix")
     parser.add_argument("directories", metavar="DIR", nargs="+", help="likewise")
     _add_deadline(parser)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def merge(options: argparse.Namespace) -> None:
     deadline_s = _deadline_s(options, options.out, *options.directories)
 
     from eqm_dist.data.merge import merge_shards
@@ -183,11 +200,11 @@ def merge(arguments: Sequence[str]) -> None:
     print(f"{options.out} holds {manifest.num_samples:,} samples in {len(manifest.shards)} shards.")
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "prepare": prepare,
-    "verify": verify,
-    "index": index,
-    "merge": merge,
+COMMANDS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], None]]] = {
+    "prepare": (prepare_parser, prepare),
+    "verify": (verify_parser, verify),
+    "index": (index_parser, index),
+    "merge": (merge_parser, merge),
 }
 
 
@@ -269,6 +286,7 @@ def _source(options: argparse.Namespace, deadline_s: float) -> "tuple[ImageSourc
     return images, images.class_names
 
 
-if __name__ == "__main__":
+def start() -> NoReturn:
+    """Run the command as a program."""
     setup_logging()
-    run(main)
+    cli.run(main)

@@ -7,19 +7,17 @@ python pipelines/sample.py --config sweeps/stepsize-digits-step2000/best.yaml
 python pipelines/sample.py --model EqM-B-2.pt --autoencoder stabilityai/sd-vae-ft-ema --labels 207,360
 """
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from eqm_dist import cli
 from eqm_dist.logs import setup_logging
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        EqmDistError: one sentence for the user.
-    """
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of this command."""
     parser = cli.command_parser(__doc__)
     cli.add_model_flags(parser)
     parser.add_argument("--out", metavar="DIR", help="where the images go (default: samples/NAME-stepN)")
@@ -35,7 +33,16 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--format", choices=["png", "tar", "npz"], default="png", help="(default: %(default)s)")
     parser.add_argument("--launcher", choices=["ray", "local"], default="ray", help="(default: %(default)s)")
     parser.add_argument("--actors", type=cli.count, metavar="N", help="at most so many (default: one per GPU or core)")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Raises:
+        EqmDistError: one sentence for the user.
+    """
+    options = make_parser().parse_args(arguments)
 
     from eqm_dist.launch.sampling import draw
     from eqm_dist.pretrained import load, newest_run
@@ -46,6 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     print(draw(model, out, **{name: getattr(options, name) for name in kept}))
 
 
-if __name__ == "__main__":
+def start() -> NoReturn:
+    """Run the command as a program."""
     setup_logging()
     cli.run(main)

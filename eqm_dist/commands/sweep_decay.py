@@ -9,31 +9,32 @@ Every key of the config is a flag and holds for all trials. Killed and started a
 writes, and how to read it: docs/tuning.md.
 """
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from eqm_dist import cli
 from eqm_dist.config import with_overrides
 from eqm_dist.errors import ConfigError
 from eqm_dist.logs import setup_logging
 
-SPACE = Path(__file__).with_name("decay.yaml")
+SPACE = Path(__file__).parents[1] / "sweeps" / "decay.yaml"
 TRIALS = 16
 SEEDS = 3
 REPLACED = 4
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        EqmDistError: one sentence for the user.
-    """
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of this command."""
     parser = cli.parser(__doc__)
     parser.usage = "%(prog)s [--space FILE] [--search NAME] [--preset NAME] [--config FILE] [--SECTION.KEY VALUE ...]"
     parser.epilog = "Precedence: defaults < --preset < --config < flags < the space."
     parser.add_argument(
-        "--space", default=str(SPACE), metavar="FILE", help="search space, YAML or Python (default: tuning/decay.yaml)"
+        "--space",
+        default=str(SPACE),
+        metavar="FILE",
+        help="search space, YAML or Python (default: eqm_dist/sweeps/decay.yaml)",
     )
     parser.add_argument("--search", choices=["grid", "random", "pbt"], default="grid", help="(default: %(default)s)")
     parser.add_argument(
@@ -61,7 +62,16 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--out", metavar="DIR", help="where the results go (default: sweeps/decay)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, train nothing")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Raises:
+        EqmDistError: one sentence for the user.
+    """
+    options = make_parser().parse_args(arguments)
     for flag, searches in (("trials", ("random", "pbt")), ("seeds", ("grid", "random"))):
         if getattr(options, flag) is not None and options.search not in searches:
             raise ConfigError(f"--{flag} has no effect on --search {options.search}; leave it out.")
@@ -107,6 +117,7 @@ def main(arguments: Sequence[str]) -> None:
     print(describe(plan) if options.dry_run else sweep(plan, options.hours))
 
 
-if __name__ == "__main__":
+def start() -> NoReturn:
+    """Run the command as a program."""
     setup_logging()
     cli.run(main)

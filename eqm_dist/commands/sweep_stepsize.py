@@ -1,6 +1,6 @@
 """Find the step size, momentum and number of evaluations that draw the best images from a trained model.
 
-python tuning/sweep_stepsize.py              the newest run in runs/, the space of tuning/stepsize.yaml
+python tuning/sweep_stepsize.py              the newest run in runs/, the space of eqm_dist/sweeps/stepsize.yaml
 python tuning/sweep_stepsize.py --dry-run    the plan and what it will cost
 python tuning/sweep_stepsize.py --model runs/mine --space mine.yaml --search optuna --trials 100 --hours 1
 
@@ -8,30 +8,28 @@ Every trial is measured by its FID with few samples, the best of them with more,
 started again, the command goes on. What it writes, and how to read it: docs/tuning.md.
 """
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from eqm_dist import cli
 from eqm_dist.errors import ConfigError
 from eqm_dist.logs import setup_logging
 
-SPACE = Path(__file__).with_name("stepsize.yaml")
+SPACE = Path(__file__).parents[1] / "sweeps" / "stepsize.yaml"
 MOST_SAMPLES = 50_000
 TRIALS = 50
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        EqmDistError: one sentence for the user.
-    """
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of this command."""
     parser = cli.command_parser(__doc__)
     parser.add_argument(
         "--space",
         default=str(SPACE),
         metavar="FILE",
-        help="search space, YAML or Python (default: tuning/stepsize.yaml)",
+        help="search space, YAML or Python (default: eqm_dist/sweeps/stepsize.yaml)",
     )
     parser.add_argument("--search", choices=["grid", "random", "optuna"], default="grid", help="(default: %(default)s)")
     parser.add_argument(
@@ -65,7 +63,16 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--batch", type=cli.count, default=256, metavar="N", help="at once (default: %(default)s)")
     parser.add_argument("--launcher", choices=["ray", "local"], default="ray", help="(default: %(default)s)")
     parser.add_argument("--actors", type=cli.count, metavar="N", help="at most so many (default: one per GPU or core)")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Raises:
+        EqmDistError: one sentence for the user.
+    """
+    options = make_parser().parse_args(arguments)
     if options.search == "grid" and options.trials is not None:
         raise ConfigError("--trials has no effect on --search grid, which tries all points; use random or optuna.")
 
@@ -117,6 +124,7 @@ def _counts(text: str) -> list[int]:
     return [cli.count(part) for part in text.split(",")]
 
 
-if __name__ == "__main__":
+def start() -> NoReturn:
+    """Run the command as a program."""
     setup_logging()
     cli.run(main)

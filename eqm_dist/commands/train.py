@@ -6,9 +6,18 @@ python pipelines/train.py --launcher local                     one process, plai
 ray job submit --working-dir . -- python pipelines/train.py    on a cluster
 """
 
+import argparse
 from collections.abc import Sequence
+from typing import NoReturn
 
 from eqm_dist import cli
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of this command."""
+    parser = cli.parser(__doc__)
+    parser.add_argument("--dry-run", action="store_true", help="print the config and what it amounts to, run nothing")
+    return parser
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -17,9 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         EqmDistError: one sentence for the user.
     """
-    parser = cli.parser(__doc__)
-    parser.add_argument("--dry-run", action="store_true", help="print the config and what it amounts to, run nothing")
-    parsed = parser.parse_args(arguments)
+    parsed = make_parser().parse_args(arguments)
     config = cli.config_from(parsed)
 
     # From here on it takes seconds to import: --help and a wrong flag need not wait.
@@ -28,5 +35,6 @@ def main(arguments: Sequence[str]) -> None:
     print(describe(config) if parsed.dry_run else train(config))
 
 
-if __name__ == "__main__":
+def start() -> NoReturn:
+    """Run the command as a program."""
     cli.run(main)

@@ -7,13 +7,24 @@ Give FILE to training as --evaluation.extractor. A fifth of the images is held o
 digits take half a minute on one core. Prints the accuracies and the sha256, which the package checks for its own.
 """
 
+import argparse
 from collections.abc import Sequence
+from typing import NoReturn
 
-from eqm_dist.cli import command_parser, run
+from eqm_dist import cli
 from eqm_dist.errors import DataError
 
 STEPS = 1650
 FEWEST_IMAGES = 160
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of this command."""
+    parser = cli.command_parser(__doc__)
+    parser.add_argument("--shards", metavar="DIR", help="data set of pixels; default: the embedded digits")
+    parser.add_argument("--out", metavar="FILE", required=True, help="where the weights go, as safetensors")
+    parser.add_argument("--steps", type=int, default=STEPS, help="fewest updates (default: %(default)s)")
+    return parser
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -22,11 +33,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         EqmDistError: one sentence for the user.
     """
-    parser = command_parser(__doc__)
-    parser.add_argument("--shards", metavar="DIR", help="data set of pixels; default: the embedded digits")
-    parser.add_argument("--out", metavar="FILE", required=True, help="where the weights go, as safetensors")
-    parser.add_argument("--steps", type=int, default=STEPS, help="fewest updates (default: %(default)s)")
-    options = parser.parse_args(arguments)
+    options = make_parser().parse_args(arguments)
 
     # After parsing, for these import torch and --help must answer at once.
     import hashlib
@@ -52,5 +59,6 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{path}: {len(content):,} bytes, sha256 {hashlib.sha256(content).hexdigest()}")
 
 
-if __name__ == "__main__":
-    run(main)
+def start() -> NoReturn:
+    """Run the command as a program."""
+    cli.run(main)
