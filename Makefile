@@ -3,6 +3,7 @@
 
 VENV := .venv
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 UI_PORT ?= 5000
 CHECK_PYTHON := import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])
 
@@ -15,7 +16,7 @@ IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-long lint ui clean
+.PHONY: help train test test-long lint hooks docs ui clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
@@ -36,6 +37,12 @@ lint: $(STAMP) ## Check style, formatting, types and the direction of imports
 	$(VENV)/bin/ruff format --check .
 	$(IN_VENV) $(VENV)/bin/pyright
 	$(VENV)/bin/lint-imports --no-logo
+
+hooks: $(STAMP) ## Let git check style and formatting before each commit
+	$(IN_VENV) $(VENV)/bin/pre-commit install
+
+docs: $(DOCS_STAMP) ## Build the documentation site into build/docs/site
+	@$(VENV)/bin/python docs/build_site.py build/docs
 
 ui: runs/mlflow.db $(STAMP) ## Serve the MLflow UI of runs/ on this machine only (UI_PORT=5000)
 	@echo "MLflow UI: http://127.0.0.1:$(UI_PORT) (Ctrl-C ends it)"
@@ -60,4 +67,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(VENV)/bin/python -c 'import pip; $(CHECK_PYTHON)' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+# The generator of the site is no part of the development environment: only make docs needs it.
+$(DOCS_STAMP): $(STAMP)
+	$(PIP_INSTALL) --quiet --editable '.[dev,docs]'
 	@touch $@

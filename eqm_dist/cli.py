@@ -5,9 +5,11 @@ spelled alike. Values go through ``with_overrides`` like everything else (docs/d
 """
 
 import argparse
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -17,8 +19,28 @@ from eqm_dist.errors import ConfigError, EqmDistError
 from eqm_dist.options import options, read_yaml, suggestion, with_overrides
 from eqm_dist.presets import PRESETS
 
+PACKAGED = "eqm-dist"
+"""The program that an installed package brings; a checkout has the scripts of pipelines/ and tuning/ besides."""
+
+
+def program() -> str:
+    """How the command was started: ``train.py`` or ``eqm-dist train``."""
+    return Path(sys.argv[0]).name
+
+
+def as_started(text: str) -> str:
+    """A text that names scripts of a checkout, in the words of whoever runs ``eqm-dist`` and has no checkout."""
+    if not program().startswith(f"{PACKAGED} "):
+        return text
+    return re.sub(
+        r"(?:python\s+)?(?:pipelines|tuning)/(\w+)\.py", lambda found: f"{PACKAGED} {found[1].replace('_', '-')}", text
+    )
+
 
 class _Parser(argparse.ArgumentParser):
+    def format_help(self) -> str:
+        return as_started(super().format_help())
+
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -159,7 +181,7 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     try:
         main(sys.argv[1:])
     except EqmDistError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_started(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume.", file=sys.stderr)

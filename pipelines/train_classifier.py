@@ -1,56 +1,6 @@
-"""Train a classifier whose features an FID compares.
+"""``eqm_dist/commands/train_classifier.py`` as a script."""
 
-python pipelines/train_classifier.py --shards DIR --out FILE     for your own small images
-python pipelines/train_classifier.py --out FILE                  the one of the digits, as packaged
-
-Give FILE to training as --evaluation.extractor. A fifth of the images is held out (of the 1,797 digits, 360). The
-digits take half a minute on one core. Prints the accuracies and the sha256, which the package checks for its own.
-"""
-
-from collections.abc import Sequence
-
-from eqm_dist.cli import command_parser, run
-from eqm_dist.errors import DataError
-
-STEPS = 1650
-FEWEST_IMAGES = 160
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        EqmDistError: one sentence for the user.
-    """
-    parser = command_parser(__doc__)
-    parser.add_argument("--shards", metavar="DIR", help="data set of pixels; default: the embedded digits")
-    parser.add_argument("--out", metavar="FILE", required=True, help="where the weights go, as safetensors")
-    parser.add_argument("--steps", type=int, default=STEPS, help="fewest updates (default: %(default)s)")
-    options = parser.parse_args(arguments)
-
-    # After parsing, for these import torch and --help must answer at once.
-    import hashlib
-    from pathlib import Path
-
-    import torch
-
-    from eqm_dist.evaluate.features import save_classifier
-    from eqm_dist.evaluate.train_classifier import accuracy, digits, images_of, train
-    from eqm_dist.storage.files import atomic_write
-
-    torch.set_num_threads(1)  # one thread: the same sums in the same order, hence the same weights
-    images, labels = images_of(options.shards) if options.shards else digits()
-    if len(images) < FEWEST_IMAGES:
-        raise DataError(f"A classifier needs at least {FEWEST_IMAGES} images, got {len(images)}; bring more.")
-    held_out = -(-len(images) // 5)
-    classifier = train(images[:-held_out], labels[:-held_out], int(labels.max()) + 1, options.steps)
-    content = save_classifier(classifier)
-    path = Path(options.out).absolute()
-    atomic_write(path, content)
-    for name, part in (("training", slice(None, -held_out)), ("held-out", slice(-held_out, None))):
-        print(f"accuracy on the {name} images {accuracy(classifier, images[part], labels[part]):.4f}")
-    print(f"{path}: {len(content):,} bytes, sha256 {hashlib.sha256(content).hexdigest()}")
-
+from eqm_dist.commands.train_classifier import start
 
 if __name__ == "__main__":
-    run(main)
+    start()

@@ -10,10 +10,10 @@ import torch
 
 import eqm_dist
 from eqm_dist.build import build_run
+from eqm_dist.commands.checkpoint import main
 from eqm_dist.errors import CheckpointError, ConfigError
 from eqm_dist.open_run import open_run
 from eqm_dist.train.checkpoint import EMA_FILE, MARKER
-from pipelines.checkpoint import main
 from tests import tiny
 from tests.test_checkpoint import STATE_FILE, flip_a_bit, replace_states
 

@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 from eqm_dist import cli
+from eqm_dist.commands import train_classifier
 from eqm_dist.config import Config
 from eqm_dist.derived import step_size_warning
 from eqm_dist.errors import ConfigError, EqmDistError, LaunchError, UserError
 from eqm_dist.options import options, parse, to_yaml, with_overrides
 from eqm_dist.presets import PRESETS, digits, eqm_b2, eqm_xl2
-from pipelines import train_classifier
 from tests import tiny
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from eqm_dist.commands import prepare_shards
 from eqm_dist.data.manifest import Manifest
 from eqm_dist.data.merge import merge_shards
 from eqm_dist.data.publish import publish_shards
@@ -18,7 +19,6 @@ from eqm_dist.data.verify import verify_shards
 from eqm_dist.errors import DataError
 from eqm_dist.models.autoencoder import IdentityAutoencoder
 from eqm_dist.storage.open import open_folder
-from pipelines import prepare_shards
 from tests import s3
 from tests.images import write_tree
 from tests.s3 import FaultyProxy, s3_server

@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from eqm_dist.commands.evaluate import main
+from eqm_dist.commands.sample import main as sample
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.features import load_digit_classifier
 from eqm_dist.evaluate.metrics import FeatureMoments, frechet_distance
@@ -21,8 +23,6 @@ from eqm_dist.evaluate.statistics import compute, image_statistics, parts_of
 from eqm_dist.evaluate.train_classifier import digits
 from eqm_dist.metric_settings import METRIC_NAMES, MetricSettings
 from eqm_dist.track.mlflow import MlflowRun
-from pipelines.evaluate import main
-from pipelines.sample import main as sample
 from tests import tiny
 
 SCRIPT = Path(__file__).parent.parent / "pipelines" / "evaluate.py"

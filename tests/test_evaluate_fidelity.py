@@ -101,7 +101,7 @@ from pathlib import Path
 import numpy as np
 import torch_fidelity
 import torch_fidelity.feature_extractor_inceptionv3 as reference
-from pipelines.evaluate import main
+from eqm_dist.commands.evaluate import main
 
 root = Path(sys.argv[1])
 torch.manual_seed(0)

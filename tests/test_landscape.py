@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from eqm_dist.commands.landscape import main
 from eqm_dist.core.energy import ExplicitEnergy
 from eqm_dist.errors import ConfigError
 from eqm_dist.tasks.landscape import (
@@ -25,7 +26,6 @@ from eqm_dist.tasks.landscape import (
     toy_data,
     train,
 )
-from pipelines.landscape import main
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -19,11 +19,11 @@ import psutil
 import pytest
 from PIL import Image
 
+from eqm_dist.commands.prepare_shards import main
 from eqm_dist.data.loader import ShardReader
 from eqm_dist.data.manifest import read_manifest
 from eqm_dist.data.verify import verify_shards
 from eqm_dist.errors import ConfigError, DataError, StorageError
-from pipelines.prepare_shards import main
 from tests.images import encoded, pixels, write_idx, write_tree
 from tests.test_data_shards import read_with_webdataset
 from tests.vae import save_tiny_vae

@@ -11,13 +11,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import eqm_dist
+from eqm_dist.commands.export import main as export_main
 from eqm_dist.config import Config
 from eqm_dist.errors import CheckpointError, ConfigError, DataError
 from eqm_dist.export import export
 from eqm_dist.models import SiT
 from eqm_dist.options import parse
 from eqm_dist.pretrained import newest_run
-from pipelines.export import main as export_main
 from tests import tiny
 
 SAMPLER = {"sampler.name": "gd", "sampler.step_size": 0.1, "sampler.nfe": 3}

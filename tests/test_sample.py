@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from eqm_dist import rng
+from eqm_dist.commands.sample import main
 from eqm_dist.errors import ConfigError
 from eqm_dist.evaluate.labels import labels_of
 from eqm_dist.pretrained import load
-from pipelines.sample import main
 from tests import tiny
 
 SCRIPT = Path(__file__).parent.parent / "pipelines" / "sample.py"

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from ray.tune.schedulers import TrialScheduler
 
+from eqm_dist.commands.sweep_decay import main
 from eqm_dist.errors import CheckpointError, ConfigError
 from eqm_dist.launch.fork import fork_run
 from eqm_dist.launch.ray_tune import EarlyStop, _Asha
@@ -22,7 +23,6 @@ from eqm_dist.sweeps.spaces import parse_space
 from eqm_dist.sweeps.trainings import AXES, Trained, _explored, summaries
 from eqm_dist.track.jsonl import read_metrics
 from tests import tiny
-from tuning.sweep_decay import main
 
 SCRIPT = Path(__file__).parent.parent / "tuning" / "sweep_decay.py"
 RATE, SCALE, FAMILY = "optimizer.learning_rate", "objective.decay.gradient_scale", "objective.decay.family"

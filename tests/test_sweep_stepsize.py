@@ -15,15 +15,15 @@ import torch
 import yaml
 from PIL import Image
 
+from eqm_dist.commands.evaluate import main as evaluate
+from eqm_dist.commands.sample import main as sample
+from eqm_dist.commands.sweep_stepsize import main
 from eqm_dist.core.samplers import NesterovGradientDescent
 from eqm_dist.core.sampling import SamplingMethod
 from eqm_dist.errors import ConfigError
 from eqm_dist.evaluate.generate import generate, generate_along
 from eqm_dist.sweeps.results import Ledger, Result, pareto_front, ranked, survivors, table
-from pipelines.evaluate import main as evaluate
-from pipelines.sample import main as sample
 from tests import tiny
-from tuning.sweep_stepsize import main
 
 SCRIPT = Path(__file__).parent.parent / "tuning" / "sweep_stepsize.py"
 EXTRACTOR = """

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from eqm_dist.commands import compose, denoise, ood
 from eqm_dist.core.guidance import blind_to_time
 from eqm_dist.core.samplers import GradientDescent
 from eqm_dist.core.sampling import SamplingMethod
@@ -16,7 +17,6 @@ from eqm_dist.evaluate.generate import generate
 from eqm_dist.tasks.compose import composed, share_of_both
 from eqm_dist.tasks.denoise import restore
 from eqm_dist.tasks.ood import detect, field_norm, made_up_sets
-from pipelines import compose, denoise, ood
 from tests import tiny
 
 # --- closed forms ---

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from eqm_dist import cli
+from eqm_dist.commands.train import main
 from eqm_dist.config import Config
 from eqm_dist.data.shards import write_shards
 from eqm_dist.data.sources import LabelledImage
 from eqm_dist.models.autoencoder import IdentityAutoencoder
 from eqm_dist.options import with_overrides
 from eqm_dist.presets import digits
-from pipelines.train import main
 
 
 class Blots:

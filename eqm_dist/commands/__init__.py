@@ -1,0 +1,1 @@
+"""The commands: one module each, which ``eqm-dist NAME`` and the scripts in pipelines/ and tuning/ run."""

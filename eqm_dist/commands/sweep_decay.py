@@ -1,0 +1,127 @@
+"""Find c(gamma), lambda, learning rate and whatever else decides a training: many short ones, compared by their FID.
+
+python tuning/sweep_decay.py              the families of c(gamma) on the embedded digits, 3 seeds each
+python tuning/sweep_decay.py --dry-run    the plan and its cost
+python tuning/sweep_decay.py --space mine.yaml --search random --trials 40 --reduction 3 --grace 500 --hours 8
+python tuning/sweep_decay.py --space mine.yaml --search pbt --trials 8 --grace 250 --optimizer.schedule constant
+
+Every key of the config is a flag and holds for all trials. Killed and started again, the command goes on. What it
+writes, and how to read it: docs/tuning.md.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from eqm_dist import cli
+from eqm_dist.errors import ConfigError
+from eqm_dist.logs import setup_logging
+from eqm_dist.options import required, with_overrides
+
+SPACE = Path(__file__).parents[1] / "sweeps" / "decay.yaml"
+TRIALS = 16
+SEEDS = 3
+REPLACED = 4
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of this command."""
+    parser = cli.parser(__doc__)
+    parser.usage = "%(prog)s [--space FILE] [--search NAME] [--preset NAME] [--config FILE] [--SECTION.KEY VALUE ...]"
+    parser.epilog = "Precedence: defaults < --preset < --config < flags < the space."
+    parser.add_argument(
+        "--space",
+        default=str(SPACE),
+        metavar="FILE",
+        help="search space, YAML or Python (default: eqm_dist/sweeps/decay.yaml)",
+    )
+    parser.add_argument("--search", choices=["grid", "random", "pbt"], default="grid", help="(default: %(default)s)")
+    parser.add_argument(
+        "--trials",
+        type=cli.count,
+        metavar="N",
+        help=f"points of a random search, or members of pbt (default: {TRIALS})",
+    )
+    parser.add_argument(
+        "--seeds", type=cli.count, metavar="N", help=f"runs of each point (default: {SEEDS}; pbt has 1)"
+    )
+    parser.add_argument(
+        "--reduction", type=cli.count, metavar="N",
+        help="stop trials early by their FID: one of so many goes on at each rung (default: all go on);"
+        f" pbt: one of so many members is replaced (default: {REPLACED})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--grace", type=cli.count, metavar="STEPS",
+        help="steps before a trial may be stopped, or of a generation of pbt (default: evaluation.every)",
+    )  # fmt: skip
+    parser.add_argument("--hours", type=cli.hours, metavar="H", help="no longer than that (default: no limit)")
+    parser.add_argument("--cpus-per-trial", type=cli.count, default=1, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--gpus-per-trial",
+        type=cli.non_negative,
+        metavar="N",
+        help="may be a fraction (default: 1 where there are GPUs)",
+    )
+    parser.add_argument("--out", metavar="DIR", help="where the results go (default: sweeps/decay)")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, train nothing")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Raises:
+        EqmDistError: one sentence for the user.
+    """
+    options = make_parser().parse_args(arguments)
+    for flag, searches in (("trials", ("random", "pbt")), ("seeds", ("grid", "random"))):
+        if getattr(options, flag) is not None and options.search not in searches:
+            raise ConfigError(f"--{flag} has no effect on --search {options.search}; leave it out.")
+    if options.reduction == 1:
+        raise ConfigError("--reduction must be at least 2, got 1, which stops nothing; leave it out.")
+    if options.grace is not None and options.search != "pbt" and options.reduction is None:
+        raise ConfigError("--grace has no effect without --reduction; give both or none.")
+    config = cli.config_from(options)
+
+    import torch
+
+    from eqm_dist.runs import sweep_directory
+    from eqm_dist.sweeps.spaces import read_space
+    from eqm_dist.sweeps.trainings import AXES, Plan, check, describe, sweep
+
+    gpus = options.gpus_per_trial if options.gpus_per_trial is not None else float(torch.cuda.is_available())
+    if getattr(options, "launch.launcher") != "ray":
+        keys = ("launch.workers", "launch.cpus_per_worker", "engine.kind", "engine.zero_stage")
+        given = [key for key in keys if getattr(options, key) is not None]
+        if given:
+            raise ConfigError(f"{given[0]} has no effect on trials that are one process; add --launcher ray.")
+        config = with_overrides(config, {"launch.launcher": "local"})
+    else:
+        workers, cpus = config.launch.workers, config.launch.cpus_per_worker
+        if isinstance(workers, tuple):
+            raise ConfigError(f"launch.workers must be one number in a sweep, got {list(workers)}; give a number.")
+        workers = max(1, int(gpus)) if workers == "auto" else required(workers)
+        cpus = max(1, options.cpus_per_trial // workers) if cpus == "auto" else cpus
+        config = with_overrides(config, {"launch.workers": workers, "launch.cpus_per_worker": cpus})
+    population = options.search == "pbt"
+    plan = Plan(
+        config=config,
+        space=read_space(options.space, AXES),
+        search=options.search,
+        trials=options.trials or TRIALS,
+        seeds=1 if population else options.seeds or SEEDS,
+        reduction=options.reduction or (REPLACED if population else 0),
+        grace=options.grace or config.evaluation.every or 1,
+        cpus=options.cpus_per_trial,
+        gpus=gpus,
+        out=Path(options.out) if options.out else sweep_directory("decay"),
+    )
+    check(plan)
+    print(describe(plan) if options.dry_run else sweep(plan, options.hours))
+
+
+def start() -> NoReturn:
+    """Run the command as a program."""
+    setup_logging()
+    cli.run(main)

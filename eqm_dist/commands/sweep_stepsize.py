@@ -1,0 +1,130 @@
+"""Find the step size, momentum and NFE that draw the best images from a trained model.
+
+python tuning/sweep_stepsize.py              the newest run in runs/, the space of eqm_dist/sweeps/stepsize.yaml
+python tuning/sweep_stepsize.py --dry-run    the plan and what it will cost
+python tuning/sweep_stepsize.py --model runs/mine --space mine.yaml --search optuna --trials 100 --hours 1
+
+Every trial is measured by its FID with few samples, the best of them with more, on all actors of a cluster. Killed and
+started again, the command goes on. What it writes, and how to read it: docs/tuning.md.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from eqm_dist import cli
+from eqm_dist.errors import ConfigError
+from eqm_dist.logs import setup_logging
+
+SPACE = Path(__file__).parents[1] / "sweeps" / "stepsize.yaml"
+MOST_SAMPLES = 50_000
+TRIALS = 50
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of this command."""
+    parser = cli.command_parser(__doc__)
+    parser.add_argument(
+        "--space",
+        default=str(SPACE),
+        metavar="FILE",
+        help="search space, YAML or Python (default: eqm_dist/sweeps/stepsize.yaml)",
+    )
+    parser.add_argument("--search", choices=["grid", "random", "optuna"], default="grid", help="(default: %(default)s)")
+    parser.add_argument(
+        "--trials", type=cli.count, metavar="N", help=f"points of a random or Optuna search (default: {TRIALS})"
+    )
+    parser.add_argument("--hours", type=cli.hours, metavar="H", help="begin nothing after so long (default: no limit)")
+    parser.add_argument(
+        "--rungs", type=_counts, default=[500, 2000], metavar="N,N",
+        help="samples of the first rungs (default: 500,2000)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--samples", type=cli.count, metavar="N",
+        help=f"samples of the last rung (default: as many as the reference has, at most {MOST_SAMPLES:,})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reduction", type=cli.count, default=8, metavar="N",
+        help="one of so many trials goes on to the next rung, and the Pareto front (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--out", metavar="DIR", help="where the results go (default: sweeps/stepsize-NAME-stepN)")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and what it will cost, measure nothing")
+    cli.add_model_flags(parser, "evaluation.extractor", "track.")
+    parser.add_argument(
+        "--reference", metavar="PATH", help="what images are compared with (default: the model's training data)"
+    )
+    parser.add_argument(
+        "--cache", default="~/.cache/eqm-dist/statistics", metavar="DIR",
+        help="where statistics of references are kept (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--labels", default="balanced", metavar="RULE", help="as pipelines/sample.py takes them")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of images and search (default: %(default)s)")
+    parser.add_argument("--batch", type=cli.count, default=256, metavar="N", help="at once (default: %(default)s)")
+    parser.add_argument("--launcher", choices=["ray", "local"], default="ray", help="(default: %(default)s)")
+    parser.add_argument("--actors", type=cli.count, metavar="N", help="at most so many (default: one per GPU or core)")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Raises:
+        EqmDistError: one sentence for the user.
+    """
+    options = make_parser().parse_args(arguments)
+    if options.search == "grid" and options.trials is not None:
+        raise ConfigError("--trials has no effect on --search grid, which tries all points; use random or optuna.")
+
+    from eqm_dist.launch.evaluation import Judge, reference_of
+    from eqm_dist.pretrained import load, newest_run
+    from eqm_dist.runs import sweep_directory
+    from eqm_dist.sweeps.plan import AXES, Plan
+    from eqm_dist.sweeps.spaces import read_space
+    from eqm_dist.sweeps.stepsize import check, describe, sweep
+
+    space = read_space(options.space, AXES)
+    model = load(options.model or newest_run(), autoencoder=options.autoencoder, overrides=cli.model_overrides(options))
+    evaluation = model.config.evaluation
+    judge = Judge(
+        extractor=evaluation.extractor,
+        weights=evaluation.extractor_weights,
+        metrics=["fid"],
+        batch=options.batch,
+        launcher=options.launcher,
+        actors=options.actors,
+        cache=options.cache,
+    )
+
+    def plan(samples: int) -> Plan:
+        return Plan(
+            model=model,
+            space=space,
+            search=options.search,
+            trials=options.trials or TRIALS,
+            rungs=(*sorted({rung for rung in options.rungs if rung < samples}), samples),
+            reduction=options.reduction,
+            labels=options.labels,
+            seed=options.seed,
+            batch=options.batch,
+            launcher=options.launcher,
+            actors=options.actors,
+            out=Path(options.out) if options.out else sweep_directory(f"stepsize-{model.name}"),
+        )
+
+    check(plan(options.samples or MOST_SAMPLES))
+    reference = judge.reference(options.reference or reference_of(model))
+    assert reference is not None  # the FID has one
+    known = reference.statistics.count or MOST_SAMPLES
+    planned = plan(options.samples or min(known, MOST_SAMPLES))
+    print(describe(planned) if options.dry_run else sweep(planned, reference, options.hours))
+
+
+def _counts(text: str) -> list[int]:
+    return [cli.count(part) for part in text.split(",")]
+
+
+def start() -> NoReturn:
+    """Run the command as a program."""
+    setup_logging()
+    cli.run(main)
