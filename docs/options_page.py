@@ -1,5 +1,6 @@
 """Write docs/options.md, the list of all options, from where they are declared: ``python docs/options_page.py``."""
 
+import argparse
 from itertools import groupby
 from pathlib import Path
 
@@ -41,5 +42,11 @@ def _row(option: Option) -> str:
     return f"| `{option.key}` | {kind} | {written} | {' '.join(facts)} |"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write the page."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     PAGE.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
