@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import sys
@@ -26,6 +27,7 @@ from torch import Tensor
 from webdataset.compat import WebDataset
 from webdataset.writer import TarWriter
 
+from eqm_dist.data.assemble import index_directory
 from eqm_dist.data.index import index_shard
 from eqm_dist.data.manifest import read_manifest
 from eqm_dist.data.shards import digits_shards, write_shards
@@ -399,6 +401,21 @@ def test_the_index_points_at_the_arrays_of_any_plain_tar(tmp_path: Path) -> None
 def test_tars_without_whole_samples_are_refused(tmp_path: Path, members: list[tuple[str, bytes]]) -> None:
     with pytest.raises(DataError, match=r"x\.tar"):
         index_shard(write_tar(tmp_path / "x.tar", members))
+
+
+@pytest.mark.parametrize("dtype", [">f4", "<f8", "|O"])
+def test_moments_that_the_loader_would_misread_are_refused(tmp_path: Path, dtype: str) -> None:
+    write_tar(tmp_path / "x.tar", [("a.moments.npy", npy(ARRAY.astype(dtype))), ("a.cls", b"1")])
+    with pytest.raises(DataError, match=rf"little-endian float16 or float32, but .*x\.tar holds {re.escape(dtype)}"):
+        index_directory(
+            tmp_path,
+            source="x",
+            autoencoder="x",
+            autoencoder_location=None,
+            latent_scale=1.0,
+            latent_shift=0.0,
+            num_classes=None,
+        )
 
 
 # --- the full check ---

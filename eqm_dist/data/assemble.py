@@ -116,6 +116,9 @@ def _index(folder: Folder, name: str) -> tuple[FileRecord, ShardIndex]:
     path = f"{folder.url}/{name}"
     with open_whole(folder, name) as file, storage_errors("read", path):
         index = index_tar(file, path)
-        if len(index.records) and index.dtype.name not in ("float16", "float32"):
-            raise DataError(f"Moments must be float16 or float32, but {path} holds {index.dtype}; convert them.")
+        # By the order of its bytes, too: the manifest names the type alone, and the loader takes it for little-endian.
+        if len(index.records) and index.dtype.str not in ("<f2", "<f4"):
+            raise DataError(
+                f"Moments must be little-endian float16 or float32, but {path} holds {index.dtype.str}; convert them."
+            )
         return record_of(file, name), index

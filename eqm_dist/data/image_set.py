@@ -26,6 +26,7 @@ from numpy.lib import format as npy
 from PIL import Image
 from webdataset.writer import TarWriter
 
+from eqm_dist.data.npy import read_array, read_header
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.storage.files import atomic_write, storage_errors
 
@@ -141,8 +142,7 @@ class ImageSet:
         """The first ``count`` images [H, W, C] of a complete set, as they were written."""
         if self.format == "npz":
             with zipfile.ZipFile(self.directory / NPZ_FILE) as archive, archive.open("arr_0.npy") as file:
-                npy.read_magic(file)
-                shape, _, _ = npy.read_array_header_1_0(file)
+                shape = read_header(file).shape
                 for _ in range(min(count, shape[0])):
                     yield np.frombuffer(file.read(int(np.prod(shape[1:]))), np.uint8).reshape(shape[1:])
             return
@@ -165,11 +165,13 @@ class ImageSet:
         with storage_errors("write", path):
             with zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
                 with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                    shape = np.load(self._pixels(self.units()[0]), mmap_mode="r", allow_pickle=False).shape[1:]
+                    with open(self._pixels(self.units()[0]), "rb") as part:
+                        shape = read_header(part).shape[1:]
                     header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *shape)}
                     npy.write_array_header_1_0(file, header)
                     for unit in self.units():
-                        file.write(np.load(self._pixels(unit), allow_pickle=False).tobytes())
+                        with open(self._pixels(unit), "rb") as part:
+                            file.write(read_array(part).tobytes())
                 with archive.open("arr_1.npy", "w") as file:
                     npy.write_array(file, labels)
             temporary.replace(path)

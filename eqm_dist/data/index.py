@@ -9,6 +9,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from eqm_dist.data.manifest import FileRecord, Manifest, check_bytes, check_checksum, record_of
+from eqm_dist.data.npy import read_header
 from eqm_dist.data.sources.image import SkippedImage
 from eqm_dist.errors import DataError
 from eqm_dist.storage.files import storage_errors
@@ -60,7 +61,7 @@ def index_tar(file: BinaryIO, path: str | Path) -> ShardIndex:
     """
     offsets: dict[str, int] = {}
     labels: dict[str, int] = {}
-    layouts: set[tuple[tuple[int, int, int, int], np.dtype]] = set()
+    layouts: set[tuple[tuple[int, ...], np.dtype]] = set()
     skipped: tuple[SkippedImage, ...] = ()
     try:
         file.seek(0)
@@ -71,7 +72,7 @@ def index_tar(file: BinaryIO, path: str | Path) -> ShardIndex:
                 key = folder + slash + stem
                 file.seek(member.offset_data)
                 if suffix == "moments.npy":
-                    layouts.add(_read_npy_header(file))
+                    layouts.add(_read_layout(file))
                     offsets[key] = file.tell()
                 elif suffix == "cls":
                     labels[key] = int(file.read(member.size))
@@ -133,10 +134,7 @@ def map_index(file: BinaryIO, path: str | Path, manifest: Manifest) -> np.ndarra
         OSError: it cannot be read.
     """
     try:
-        version = np.lib.format.read_magic(file)
-        if version != (1, 0):
-            raise ValueError(f"npy format {version} instead of (1, 0)")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        shape, _, dtype = read_header(file)
         if dtype.hasobject:
             raise ValueError("Python objects in it")
     except ValueError as error:
@@ -149,12 +147,9 @@ def map_index(file: BinaryIO, path: str | Path, manifest: Manifest) -> np.ndarra
     return np.memmap(file, dtype, "r", offset=file.tell(), shape=shape)
 
 
-def _read_npy_header(file: BinaryIO) -> tuple[tuple[int, int, int, int], np.dtype]:
+def _read_layout(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
     """Shape [V, 2C, H, W] and dtype; the file is left where the array data begins, in C order."""
-    version = np.lib.format.read_magic(file)
-    if version != (1, 0):
-        raise ValueError(f"npy format {version} instead of (1, 0)")
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    shape, fortran_order, dtype = read_header(file)
     if fortran_order or len(shape) != 4:
         raise ValueError(f"array of shape {shape}{' in Fortran order' * fortran_order} instead of [V, 2C, H, W]")
     return shape, dtype

@@ -13,13 +13,13 @@ from typing import IO, Protocol
 
 import numpy as np
 import torch
-from numpy.lib import format as npy
 from torch import Tensor
 
 from eqm_dist.data.cache import FileCache
 from eqm_dist.data.image_set import PICTURES
 from eqm_dist.data.loader import ShardReader
 from eqm_dist.data.manifest import MANIFEST_NAME
+from eqm_dist.data.npy import read_header
 from eqm_dist.data.preprocess import PreparedImages
 from eqm_dist.data.sources import RawImage, SkippedImage
 from eqm_dist.data.sources.files import find_files
@@ -261,8 +261,7 @@ class NpzImages:
 def _header(file: IO[bytes], path: Path) -> tuple[int, ...]:
     """The shape of the array that follows; nothing in it is unpickled."""
     try:
-        version = npy.read_magic(file)
-        shape, fortran, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(file)
+        shape, fortran, dtype = read_header(file)
     except ValueError as error:
         raise DataError(f"{path}: {ADM_IMAGES} must be an array ({error}); write it with numpy.savez.") from error
     if dtype != np.uint8 or len(shape) != 4 or fortran:

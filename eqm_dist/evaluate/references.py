@@ -7,6 +7,7 @@ that decides their content, so one that is old is never found.
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Collection
 from dataclasses import fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from eqm_dist.data.npy import read_array
 from eqm_dist.errors import DataError
 from eqm_dist.evaluate.images import Images
 from eqm_dist.evaluate.metrics import FeatureMoments
@@ -126,11 +128,12 @@ def published_moments(path: Path, extractor: nn.Module) -> dict[str, FeatureMome
         return {}
     found = {}
     try:
-        with storage_errors("read", path), np.load(path, allow_pickle=False) as file:
-            for part, (mean, covariance) in PUBLISHED.items():
-                if mean in file.files and covariance in file.files:
-                    found[part] = _moments(file[mean], file[covariance])
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        with storage_errors("read", path), zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
+            for part, names in PUBLISHED.items():
+                if all(f"{name}.npy" in members for name in names):
+                    found[part] = _moments(*(_array(archive, name) for name in names))
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
         raise DataError(
             f"{path} must be an .npz with mu [F] and sigma [F, F] ({' '.join(str(error).split())}); fetch it again."
         ) from error
@@ -141,6 +144,11 @@ def published_moments(path: Path, extractor: nn.Module) -> dict[str, FeatureMome
             " the statistics of the same extractor."
         )
     return found
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(f"{name}.npy") as file:
+        return read_array(file)
 
 
 def _moments(mean: np.ndarray, covariance: np.ndarray) -> FeatureMoments:
