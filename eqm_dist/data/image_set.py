@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, assert_never, get_args
 
 import numpy as np
 from numpy.lib import format as npy
@@ -94,17 +94,20 @@ class ImageSet:
         Raises:
             StorageError: a file cannot be written.
         """
-        if self.format == "png":
-            for index, image in zip(range(unit.start, unit.stop), images, strict=True):
-                path = self.directory / f"{index:06d}.png"
-                with storage_errors("write", path):
-                    path.write_bytes(_png(image))
-        elif self.format == "tar":
-            atomic_write(self.directory / f"samples-{unit.number:05d}.tar", _tar(unit, images, facts["label"]))
-        else:
-            content = io.BytesIO()
-            np.save(content, images)
-            atomic_write(self._pixels(unit), content.getbuffer())
+        match self.format:
+            case "png":
+                for index, image in zip(range(unit.start, unit.stop), images, strict=True):
+                    path = self.directory / f"{index:06d}.png"
+                    with storage_errors("write", path):
+                        path.write_bytes(_png(image))
+            case "tar":
+                atomic_write(self.directory / f"samples-{unit.number:05d}.tar", _tar(unit, images, facts["label"]))
+            case "npz":
+                content = io.BytesIO()
+                np.save(content, images)
+                atomic_write(self._pixels(unit), content.getbuffer())
+            case _:
+                assert_never(self.format)
         record = {name: values.tolist() for name, values in facts.items()}
         atomic_write(self._record(unit), json.dumps(record).encode())
 
