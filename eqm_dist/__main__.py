@@ -18,7 +18,7 @@ COMMANDS = {
     "sample": "draw images from a trained model",
     "evaluate": "measure images or a model: FID, KID, precision, recall",
     "export": "write a trained model as safetensors with a model card",
-    "sweep-stepsize": "find step size, momentum and evaluations for a trained model",
+    "sweep-stepsize": "find step size, momentum and NFE for a trained model",
     "sweep-decay": "find c(gamma) and other options by many short trainings",
     "landscape": "show on the plane what Equilibrium Matching learns",
     "denoise": "restore partly noised images",

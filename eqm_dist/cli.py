@@ -76,8 +76,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         usage="%(prog)s [--preset NAME] [--config FILE] [--SECTION.KEY VALUE ...]",  # the whole list is below
         epilog="Precedence: defaults < --preset < --config < flags. Running the same command again resumes the run.",
     )
-    command.add_argument("--preset", choices=list(PRESETS), help="start from a named run (default: digits)")
-    command.add_argument("--config", metavar="FILE", help="YAML file; runs/NAME/config.yaml starts that run again")
+    command.add_argument("--preset", choices=list(PRESETS), help="the named run to start from (default: digits)")
+    command.add_argument(
+        "--config", metavar="FILE", help="a YAML file of options; runs/NAME/config.yaml starts that run again"
+    )
     command.add_argument(
         "--launcher", metavar="{ray,local}", dest="launch.launcher", help="short for --launch.launcher"
     )
@@ -85,8 +87,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return command
 
 
-def add_config_flags(command: argparse.ArgumentParser, *prefixes: str) -> None:
-    """Make config keys flags of a command: those that start with one of the prefixes, by default all."""
+def add_config_flags(command: argparse.ArgumentParser, *prefixes: str, of_model: bool = False) -> None:
+    """Make config keys flags of a command: those that start with one of the prefixes, by default all.
+
+    Args:
+        command: gets the flags.
+        prefixes: of the keys.
+        of_model: whether a model that is loaded has values of its own, which are then the defaults.
+    """
     groups: dict[str, Any] = {}
     for option in options(Config):
         if prefixes and not option.key.startswith(prefixes):
@@ -94,7 +102,7 @@ def add_config_flags(command: argparse.ArgumentParser, *prefixes: str) -> None:
         section = option.key.split(".")[0]
         if section not in groups:
             groups[section] = command.add_argument_group(section, Config.model_fields[section].annotation.__doc__)
-        text = option.help.replace("%", "%%")
+        text = (option.help_of_model if of_model else option.help).replace("%", "%%")
         groups[section].add_argument(f"--{option.key}", metavar=option.type_name, help=text)
 
 
@@ -102,17 +110,41 @@ def add_model_flags(command: argparse.ArgumentParser, *prefixes: str) -> None:
     """The flags of commands that take a trained model: which one, and what it may be told, ``prefixes`` included."""
     command.add_argument(
         "--model", metavar="PATH",
-        help="run, checkpoint, export, or official file of weights (default: the newest run in runs/)",
+        help="a run, a checkpoint, an export, or an official file of weights (default: the newest run in runs/)",
     )  # fmt: skip
     command.add_argument(
         "--autoencoder", metavar="NAME",
-        help="what decodes latents, where the model does not say: identity, a folder that diffusers wrote, or a hub id",
+        help="the autoencoder that decodes latents, where the model does not say it: identity, a folder that diffusers"
+        " wrote, or a hub id",
     )  # fmt: skip
     command.add_argument(
         "--config", metavar="FILE",
-        help="YAML file whose sampler section is used: best.yaml of a sweep, config.yaml of a run",
+        help="a YAML file whose sampler section is used, such as best.yaml of a sweep or config.yaml of a run",
     )  # fmt: skip
-    add_config_flags(command, "sampler.", "objective.kind", "objective.energy", "model.num_heads", *prefixes)
+    add_config_flags(
+        command, "sampler.", "objective.kind", "objective.energy", "model.num_heads", *prefixes, of_model=True
+    )
+
+
+def add_work_flags(command: argparse.ArgumentParser, batch: int, seeds: str) -> None:
+    """The flags of commands that compute with a model: ``--batch`` and ``--seed``, which is that of ``seeds``."""
+    command.add_argument(
+        "--batch", type=count, default=batch, metavar="N",
+        help="number of images computed at once (default: %(default)s)",
+    )  # fmt: skip
+    command.add_argument("--seed", type=int, default=0, metavar="N", help=f"seed of {seeds} (default: %(default)s)")
+
+
+def add_actor_flags(command: argparse.ArgumentParser) -> None:
+    """The flags of commands whose work is done by actors: where, and how many."""
+    command.add_argument(
+        "--launcher", choices=["ray", "local"], default="ray",
+        help="ray: the cluster of RAY_ADDRESS, or a local one; local: this process alone (default: %(default)s)",
+    )  # fmt: skip
+    command.add_argument(
+        "--actors", type=count, metavar="N",
+        help="largest number of processes that do the work (default: one per GPU, without GPUs one per core)",
+    )  # fmt: skip
 
 
 def count(text: str) -> int:

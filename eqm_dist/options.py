@@ -130,12 +130,23 @@ class Option:
     @property
     def help(self) -> str:
         """What it is, its default, and with what it takes effect."""
+        return self._described(self._default)
+
+    @property
+    def help_of_model(self) -> str:
+        """The same where a model has been trained with values of its own."""
+        return self._described("default: that of the model")
+
+    @property
+    def _default(self) -> str | None:
         default = self.field.default if self.only is None else self.only.default
-        facts: list[str] = []
         if default is REQUIRED:
-            facts.append("no default")
-        elif default is not None and not callable(default) and not self.field.is_required():
-            facts.append(f"default: {default}")
+            return "no default"
+        shows = default is not None and not callable(default) and not self.field.is_required()
+        return f"default: {shown(default)}" if shows else None
+
+    def _described(self, default: str | None) -> str:
+        facts = [] if default is None else [default]
         if self.only is not None:
             facts.append(f"only with {self.only.needs}")
         return f"{self.field.description} ({'; '.join(facts)})" if facts else str(self.field.description)

@@ -239,7 +239,7 @@ class Pretrained:
 
 
 def load(
-    location: str | Path,
+    location: str | Path | None = None,
     *,
     autoencoder: str | None = None,
     ema: float | Literal["none"] | None = None,
@@ -250,7 +250,8 @@ def load(
     Args:
         location: a run directory (its newest whole checkpoint), a checkpoint, a directory of ``pipelines/export.py``,
             or a file of weights under the official names: ``.pt`` of the official EqM or SiT code, or
-            ``.safetensors``. Of a file, sizes are read off the weights; nothing in it is executed.
+            ``.safetensors``. Of a file, sizes are read off the weights; nothing in it is executed. None for the newest
+            run in runs/.
         autoencoder: what decodes the latents, where the files do not say, or another place for it: ``identity``, a
             folder that diffusers wrote, or a hub id.
         ema: of a run or checkpoint, another of ``optimizer.ema_decays`` than the first, or "none" for the weights
@@ -261,7 +262,7 @@ def load(
         CheckpointError: there is nothing to load there, or it is damaged.
         ConfigError: an override that cannot be.
     """
-    path, overrides = local_path(location), dict(overrides or {})
+    path, overrides = newest_run() if location is None else local_path(location), dict(overrides or {})
     if ema is not None and (path.is_file() or (path / WEIGHTS_FILE).exists()):
         raise ConfigError(f"Only runs and checkpoints hold several EMAs, and {path} is neither; leave out ema.")
     if path.is_file():

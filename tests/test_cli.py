@@ -1,5 +1,6 @@
 """The command line: what overrides what, what is refused, what --dry-run tells, and how a command ends."""
 
+import importlib
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -140,6 +141,16 @@ def test_abbreviations_are_refused(key: str) -> None:
     # Today's unique prefix is ambiguous with tomorrow's option.
     with pytest.raises(ConfigError, match=f"--{key[:-1]} is not an option"):
         config_from(f"--{key[:-1]}", "1")
+
+
+@pytest.mark.parametrize("name", ["sample", "evaluate", "export", "denoise", "ood", "compose", "sweep_stepsize"])
+@pytest.mark.parametrize("content", [None, "train: {steps: 5}\n"])
+def test_every_command_with_a_model_reads_its_config(name: str, content: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "sampler.yaml"
+    if content is not None:
+        file.write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match="--config must name a "):
+        importlib.import_module(f"eqm_dist.commands.{name}").main(["--config", str(file)])
 
 
 # --- help ---

@@ -24,12 +24,15 @@ def make_parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(dest="action", required=True, metavar="{ls,verify,export,convert}")
     ls, verify, export, convert = (actions.add_parser(name) for name in ("ls", "verify", "export", "convert"))
     for action in (ls, verify, export, convert):
-        action.add_argument("place", nargs="?", metavar="RUN", help="directory of a run or of a checkpoint")
-    verify.add_argument("--all", action="store_true", help="all checkpoints of the run")
+        action.add_argument(
+            "place", nargs="?", metavar="RUN", help="directory of a run or of a checkpoint (default: the newest run)"
+        )
+    verify.add_argument("--all", action="store_true", help="verify all checkpoints of the run, not only the newest")
     export.add_argument("--ema", type=_decay, metavar="DECAY",
-                        help="one of optimizer.ema_decays, or none (default: the first)")  # fmt: skip
-    export.add_argument("--out", metavar="DIR", help="a new directory (default: exports/NAME-stepN)")
-    convert.add_argument("--out", metavar="FILE", help="(default: NAME-stepN.pt)")
+                        help="decay of the EMA, one of optimizer.ema_decays; none for the weights themselves"
+                        " (default: the first)")  # fmt: skip
+    export.add_argument("--out", metavar="DIR", help="directory that does not exist yet (default: exports/NAME-stepN)")
+    convert.add_argument("--out", metavar="FILE", help="file for the weights (default: NAME-stepN.pt)")
     return parser
 
 

@@ -19,12 +19,17 @@ def make_parser() -> argparse.ArgumentParser:
     """The flags of this command."""
     parser = cli.command_parser(__doc__)
     cli.add_model_flags(parser)
-    parser.add_argument("--out", metavar="DIR", help="(default: compose/NAME-stepN)")
-    parser.add_argument("--labels", default="3,8", metavar="LIST", help="classes (default: %(default)s)")
-    parser.add_argument("--weights", metavar="LIST", help="of their fields (default: equal, 1 in all)")
-    parser.add_argument("--samples", type=cli.count, default=200, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: %(default)s)")
-    parser.add_argument("--batch", type=cli.count, default=256, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="directory for the picture and the record (default: compose/NAME-stepN)"
+    )
+    parser.add_argument(
+        "--labels", default="3,8", metavar="LIST", help="the classes that are composed (default: %(default)s)"
+    )
+    parser.add_argument("--weights", metavar="LIST", help="weights of their fields (default: equal, 1 in all)")
+    parser.add_argument(
+        "--samples", type=cli.count, default=200, metavar="N", help="number of images (default: %(default)s)"
+    )
+    cli.add_work_flags(parser, batch=256, seeds="the noise")
     return parser
 
 
@@ -43,12 +48,12 @@ def main(arguments: Sequence[str]) -> None:
     from eqm_dist.build import load_extractor
     from eqm_dist.evaluate.features import ImageClassifier
     from eqm_dist.evaluate.grid import sample_grid
-    from eqm_dist.pretrained import load, newest_run
+    from eqm_dist.pretrained import load
     from eqm_dist.provenance import provenance
     from eqm_dist.storage.files import atomic_write, storage_errors
     from eqm_dist.tasks.compose import composed, share_of_both
 
-    model = load(options.model or newest_run(), autoencoder=options.autoencoder, overrides=cli.overrides_from(options))
+    model = load(options.model, autoencoder=options.autoencoder, overrides=cli.model_overrides(options))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     together = composed(model.field(device), labels, weights)
     indices = torch.arange(options.samples)

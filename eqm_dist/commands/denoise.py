@@ -19,15 +19,20 @@ def make_parser() -> argparse.ArgumentParser:
     """The flags of this command."""
     parser = cli.command_parser(__doc__)
     cli.add_model_flags(parser)
-    parser.add_argument("--out", metavar="DIR", help="(default: denoise/NAME-stepN)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="directory for the picture and the record (default: denoise/NAME-stepN)"
+    )
     parser.add_argument(
         "--start-noise", default="1,0.75,0.5,0.25,0", metavar="LIST",
-        help="levels: 1 is noise alone, 0 the image itself (default: %(default)s)",
+        help="levels of noise: 1 is noise alone, 0 the image itself (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--shards", metavar="DIR", help="images with labels (default: the model's training data)")
-    parser.add_argument("--samples", type=cli.count, default=1000, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: %(default)s)")
-    parser.add_argument("--batch", type=cli.count, default=256, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--shards", metavar="DIR", help="data set of images to restore (default: the model's training data)"
+    )
+    parser.add_argument(
+        "--samples", type=cli.count, default=1000, metavar="N", help="number of images (default: %(default)s)"
+    )
+    cli.add_work_flags(parser, batch=256, seeds="the noise")
     return parser
 
 
@@ -44,12 +49,12 @@ def main(arguments: Sequence[str]) -> None:
 
     from eqm_dist.build import load_extractor
     from eqm_dist.evaluate.metrics import feature_moments, frechet_distance
-    from eqm_dist.pretrained import load, newest_run
+    from eqm_dist.pretrained import load
     from eqm_dist.provenance import provenance
     from eqm_dist.storage.files import atomic_write, storage_errors
     from eqm_dist.tasks.denoise import restoration_figure, restoration_grid, restore
 
-    model = load(options.model or newest_run(), autoencoder=options.autoencoder, overrides=cli.overrides_from(options))
+    model = load(options.model, autoencoder=options.autoencoder, overrides=cli.model_overrides(options))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     latents, labels = model.real_latents(options.shards, options.samples, device)
     indices = torch.arange(len(latents))

@@ -27,51 +27,77 @@ SAMPLES = 50_000
 def make_parser() -> argparse.ArgumentParser:
     """The flags of this command."""
     parser = cli.command_parser(__doc__)
-    parser.add_argument("--images", metavar="PATH", help="measure these images and draw none")
+    parser.add_argument("--images", metavar="PATH", help="images to measure; without it, images are drawn from a model")
     cli.add_model_flags(parser)
     parser.add_argument(
         "--samples", type=cli.count, metavar="N",
-        help=f"images to draw (default: as many as the reference has, at most {SAMPLES:,})",
+        help=f"number of images to draw (default: as many as the reference has, at most {SAMPLES:,})",
     )  # fmt: skip
-    parser.add_argument("--labels", metavar="RULE", help="balanced, random, or like 3,1,4 (default: balanced)")
-    parser.add_argument("--seed", type=int, metavar="N", help="of the drawn images (default: 0)")
+    parser.add_argument(
+        "--labels",
+        metavar="RULE",
+        help="classes of the drawn images: balanced, random, or in turn like 3,1,4 (default: balanced)",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the drawn images (default: 0)")
     parser.add_argument(
         "--reference", metavar="PATH",
-        help="images, an ADM or pytorch-fid .npz, or a file of --save-reference (default: the model's training data)",
+        help="what the images are compared with: images, an .npz of ADM or pytorch-fid, or a file of --save-reference"
+        " (default: the model's training data)",
     )  # fmt: skip
     parser.add_argument(
-        "--metrics", default="fid", metavar="LIST", help=f"of {','.join(METRIC_NAMES)} (default: %(default)s)"
+        "--metrics", default="fid", metavar="LIST", help=f"some of {','.join(METRIC_NAMES)} (default: %(default)s)"
     )
     parser.add_argument(
         "--extractor", metavar="NAME",
-        help="digits, inception, dinov2-vit-{s,b,l,g}-14, a file of pipelines/train_classifier.py, or module:factory"
+        help="what computes the features: digits, inception, dinov2-vit-{s,b,l,g}-14, a file of"
+        " pipelines/train_classifier.py, or module:factory"
         " (default: the model's, for --images inception)",
     )  # fmt: skip
-    parser.add_argument("--extractor-weights", metavar="FILE", help="of inception (default: fetched at first use)")
-    parser.add_argument("--resolution", type=cli.count, metavar="N", help="crop image files to the centre NxN")
-    parser.add_argument("--channels", type=int, choices=[1, 3], help="read image files as grey or RGB")
     parser.add_argument(
-        "--kid-subsets", type=cli.count, default=MetricSettings.kid_subsets, metavar="N", help="(default: %(default)s)"
+        "--extractor-weights", metavar="FILE", help="file with the weights of inception (default: fetched at first use)"
+    )
+    parser.add_argument(
+        "--resolution",
+        type=cli.count,
+        metavar="N",
+        help="image files are cropped to their centre NxN (default: their own size)",
+    )
+    parser.add_argument("--channels", type=int, choices=[1, 3], help="image files are read as grey (1) or RGB (3)")
+    parser.add_argument(
+        "--kid-subsets",
+        type=cli.count,
+        default=MetricSettings.kid_subsets,
+        metavar="N",
+        help="number of subsets of the KID (default: %(default)s)",
     )
     parser.add_argument(
         "--kid-subset-size",
         type=cli.count,
         default=MetricSettings.kid_subset_size,
         metavar="N",
-        help="(default: %(default)s)",
+        help="images in a subset of the KID (default: %(default)s)",
     )
     parser.add_argument(
-        "--save-reference", metavar="FILE", help="keep the statistics of the reference as FILE.safetensors"
+        "--save-reference",
+        metavar="FILE",
+        help="file for the statistics of the reference, to be used as --reference later",
     )
     parser.add_argument(
         "--cache", default="~/.cache/eqm-dist/statistics", metavar="DIR",
-        help="where statistics of references are kept; none keeps none (default: %(default)s)",
+        help="directory that keeps the statistics of references; none keeps none (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--out", default="evaluations.jsonl", metavar="FILE", help="(default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        default="evaluations.jsonl",
+        metavar="FILE",
+        help="file to which the figures are appended (default: %(default)s)",
+    )
     parser.add_argument("--mlflow", metavar="RUN", help="directory of the run whose MLflow record gets the figures")
-    parser.add_argument("--batch", type=cli.count, default=64, metavar="N", help="at once (default: %(default)s)")
-    parser.add_argument("--launcher", choices=["ray", "local"], default="ray", help="(default: %(default)s)")
-    parser.add_argument("--actors", type=cli.count, metavar="N", help="at most so many (default: one per GPU or core)")
+    parser.add_argument(
+        "--batch", type=cli.count, default=64, metavar="N",
+        help="number of images computed at once (default: %(default)s)",
+    )  # fmt: skip
+    cli.add_actor_flags(parser)
     return parser
 
 
@@ -92,12 +118,12 @@ def main(arguments: Sequence[str]) -> None:
 
     from eqm_dist.evaluate.record import append_records, table
     from eqm_dist.launch.evaluation import Judge, extractor_of, reference_of
-    from eqm_dist.pretrained import load, newest_run
+    from eqm_dist.pretrained import load
     from eqm_dist.track.mlflow import log_metrics, recorded_run
 
     model = None
     if not options.images:
-        model = load(options.model or newest_run(), autoencoder=options.autoencoder, overrides=overrides)
+        model = load(options.model, autoencoder=options.autoencoder, overrides=overrides)
     extractor, weights = extractor_of(model, options.extractor, options.extractor_weights)
     judge = Judge(
         extractor=extractor,

@@ -17,7 +17,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The flags of this command."""
     parser = cli.command_parser(__doc__)
     cli.add_model_flags(parser)
-    parser.add_argument("--out", metavar="DIR", help="a new directory (default: exports/NAME-stepN)")
+    parser.add_argument("--out", metavar="DIR", help="directory that does not exist yet (default: exports/NAME-stepN)")
     parser.add_argument("--license", metavar="ID", help="SPDX id of the weights' license, for the model card")
     return parser
 
@@ -31,9 +31,9 @@ def main(arguments: Sequence[str]) -> None:
     options = make_parser().parse_args(arguments)
 
     from eqm_dist.export import export
-    from eqm_dist.pretrained import load, newest_run
+    from eqm_dist.pretrained import load
 
-    model = load(options.model or newest_run(), autoencoder=options.autoencoder, overrides=cli.overrides_from(options))
+    model = load(options.model, autoencoder=options.autoencoder, overrides=cli.model_overrides(options))
     out = export(model, Path(options.out or f"exports/{model.name}"), license=options.license)
     print(f"{out} is complete. Draw from it with:\n\n  import eqm_dist\n\n  model = eqm_dist.load({str(out)!r})\n"
           "  images = model.sample(labels=[0, 1, 2])  # [3, H, W, C] uint8")  # fmt: skip

@@ -21,13 +21,21 @@ def make_parser() -> argparse.ArgumentParser:
     """The flags of this command."""
     parser = cli.command_parser(__doc__)
     parser.add_argument(
-        "--out", metavar="DIR", default="landscape", help="directory, made if absent (default: %(default)s)"
+        "--out",
+        metavar="DIR",
+        default="landscape",
+        help="directory for the pictures, made if absent (default: %(default)s)",
     )
     parser.add_argument(
-        "--data", choices=["moons", "gaussians", "checkerboard"], default="gaussians", help="(default: %(default)s)"
+        "--data",
+        choices=["moons", "gaussians", "checkerboard"],
+        default="gaussians",
+        help="distribution that the networks learn (default: %(default)s)",
     )
-    parser.add_argument("--steps", type=int, default=2000, help="updates of each network (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, draws and samples (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=2000, help="number of updates of each network (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, draws and samples (default: %(default)s)")
     return parser
 
 

@@ -23,17 +23,24 @@ def make_parser() -> argparse.ArgumentParser:
     """The flags of this command."""
     parser = cli.command_parser(__doc__)
     cli.add_model_flags(parser)
-    parser.add_argument("--out", metavar="DIR", help="(default: ood/NAME-stepN)")
-    parser.add_argument("--images", metavar="PATH", help="what is known (default: the model's training data)")
-    parser.add_argument("--against", default=MADE_UP, metavar="LIST", help="foreign sets (default: %(default)s)")
     parser.add_argument(
-        "--label", type=int, metavar="N", help="ask for the field of this class (default: of none, the null label)"
+        "--out", metavar="DIR", help="directory for the picture and the record (default: ood/NAME-stepN)"
+    )
+    parser.add_argument("--images", metavar="PATH", help="the known images (default: the model's training data)")
+    parser.add_argument(
+        "--against", default=MADE_UP, metavar="LIST", help="the foreign sets of images (default: %(default)s)"
     )
     parser.add_argument(
-        "--samples", type=cli.count, default=1000, metavar="N", help="of each set (default: %(default)s)"
+        "--label", type=int, metavar="N", help="class whose field is asked for (default: the null label)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of made-up images (default: %(default)s)")
-    parser.add_argument("--batch", type=cli.count, default=256, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--samples",
+        type=cli.count,
+        default=1000,
+        metavar="N",
+        help="number of images of each set (default: %(default)s)",
+    )
+    cli.add_work_flags(parser, batch=256, seeds="the made-up images")
     return parser
 
 
@@ -49,12 +56,12 @@ def main(arguments: Sequence[str]) -> None:
 
     from eqm_dist.core.energy import ExplicitEnergy
     from eqm_dist.evaluate.images import first_images
-    from eqm_dist.pretrained import load, newest_run
+    from eqm_dist.pretrained import load
     from eqm_dist.provenance import provenance
     from eqm_dist.storage.files import atomic_write, storage_errors
     from eqm_dist.tasks.ood import detect, detection_figure, field_norm, made_up_sets
 
-    model = load(options.model or newest_run(), autoencoder=options.autoencoder, overrides=cli.overrides_from(options))
+    model = load(options.model, autoencoder=options.autoencoder, overrides=cli.model_overrides(options))
     objective, classes = model.config.objective, model.config.data.num_classes
     if objective.kind == "flow_matching":
         raise ConfigError("Detection needs a field that is blind to time, which objective.kind=flow_matching is not.")

@@ -52,31 +52,42 @@ def prepare_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--source", choices=SOURCES, help="; ".join(f"{kind}: {text}" for kind, text in SOURCES.items())
     )
-    parser.add_argument("--input", metavar="INPUT", help="where the images are, here or on s3://; not for digits")
+    parser.add_argument("--input", metavar="INPUT", help="place of the images, here or on s3://; not for digits")
     parser.add_argument("--out", metavar="DIR", help="directory or s3:// prefix for the shards; made if absent")
     parser.add_argument(
-        "--staging", metavar="DIR", help="local or shared directory where shards for an s3:// --out are written first"
+        "--staging",
+        metavar="DIR",
+        help="local or shared directory in which shards for an s3:// --out are written first",
     )
-    parser.add_argument("--resolution", type=int, metavar="N", help="crop to the centre NxN (default: leave as it is)")
     parser.add_argument(
-        "--channels", type=int, choices=[1, 3], help="1 grey, 3 RGB (default: 1 for idx, 3 for the others)"
+        "--resolution", type=int, metavar="N", help="images are cropped to their centre NxN (default: their own size)"
     )
-    parser.add_argument("--image-column", help="of a table (default: image)")
-    parser.add_argument("--label-column", help="of a table (default: label)")
-    parser.add_argument("--num-classes", type=int, metavar="N", help="where it is more than the images show")
+    parser.add_argument(
+        "--channels", type=int, choices=[1, 3], help="1 for grey, 3 for RGB (default: 1 for idx, 3 for the others)"
+    )
+    parser.add_argument("--image-column", help="column of a table with the images (default: image)")
+    parser.add_argument("--label-column", help="column of a table with the labels (default: label)")
+    parser.add_argument(
+        "--num-classes", type=int, metavar="N", help="number of classes, where it is larger than the images show"
+    )
     parser.add_argument(
         "--max-bad-fraction",
         type=float,
         default=0.001,
         metavar="F",
-        help="most images that may be broken, of all; report.json lists them (default: %(default)s)",
+        help="largest part of the images that may be broken; report.json lists them (default: %(default)s)",
     )
     _add_autoencoder(parser)
-    parser.add_argument("--samples-per-shard", type=int, default=256, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
-        "--dtype", type=_dtype, default="float32", help="of the stored moments: float32 or float16 (default: float32)"
+        "--samples-per-shard", type=int, default=256, metavar="N", help="samples in a shard (default: %(default)s)"
     )
-    parser.add_argument("--mirror", action="store_true", help="store the mirrored images too, for data.flip")
+    parser.add_argument(
+        "--dtype",
+        type=_dtype,
+        default="float32",
+        help="number format of the stored moments: float32 or float16 (default: float32)",
+    )
+    parser.add_argument("--mirror", action="store_true", help="also store the mirrored images, which data.flip needs")
     _add_deadline(parser)
     parser.add_argument(
         "--launcher",
@@ -154,8 +165,12 @@ def index_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("directory", metavar="DIR", help="a directory or an s3:// prefix")
     _add_autoencoder(parser)
-    parser.add_argument("--images", default="unknown", metavar="TEXT", help="what the images came from")
-    parser.add_argument("--num-classes", type=int, metavar="N", help="(default: the highest class there is, and one)")
+    parser.add_argument(
+        "--images", default="unknown", metavar="TEXT", help="name of the source of the images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-classes", type=int, metavar="N", help="number of classes (default: the highest class plus one)"
+    )
     _add_deadline(parser)
     return parser
 
@@ -186,7 +201,7 @@ def merge_parser() -> argparse.ArgumentParser:
         prog=f"{cli.program()} merge",
     )
     parser.add_argument("out", metavar="OUT", help="a directory or an s3:// prefix")
-    parser.add_argument("directories", metavar="DIR", nargs="+", help="likewise")
+    parser.add_argument("directories", metavar="DIR", nargs="+", help="directories or s3:// prefixes")
     _add_deadline(parser)
     return parser
 
@@ -213,8 +228,8 @@ def _add_autoencoder(parser: argparse.ArgumentParser) -> None:
         "--autoencoder",
         default="identity",
         metavar="NAME",
-        help="what makes moments of images: identity (pixels), a folder that diffusers wrote, or a hub id such as "
-        "stabilityai/sd-vae-ft-ema (default: %(default)s)",
+        help="the autoencoder that makes moments of images: identity (pixels), a folder that diffusers wrote, or a hub"
+        " id such as stabilityai/sd-vae-ft-ema (default: %(default)s)",
     )
 
 

@@ -20,19 +20,19 @@ def make_parser() -> argparse.ArgumentParser:
     """The flags of this command."""
     parser = cli.command_parser(__doc__)
     cli.add_model_flags(parser)
-    parser.add_argument("--out", metavar="DIR", help="where the images go (default: samples/NAME-stepN)")
-    parser.add_argument("--samples", type=cli.count, default=100, metavar="N", help="images (default: %(default)s)")
+    parser.add_argument("--out", metavar="DIR", help="directory for the images (default: samples/NAME-stepN)")
+    parser.add_argument(
+        "--samples", type=cli.count, default=100, metavar="N", help="number of images (default: %(default)s)"
+    )
     parser.add_argument(
         "--labels", default="balanced", metavar="RULE",
-        help="balanced, random, or classes in turn like 3,1,4 (default: %(default)s)",
+        help="classes of the images: balanced, random, or in turn like 3,1,4 (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    cli.add_work_flags(parser, batch=256, seeds="the start noise")
     parser.add_argument(
-        "--batch", type=cli.count, default=256, metavar="N", help="drawn at once by an actor (default: %(default)s)"
+        "--format", choices=["png", "tar", "npz"], default="png", help="files that are written (default: %(default)s)"
     )
-    parser.add_argument("--format", choices=["png", "tar", "npz"], default="png", help="(default: %(default)s)")
-    parser.add_argument("--launcher", choices=["ray", "local"], default="ray", help="(default: %(default)s)")
-    parser.add_argument("--actors", type=cli.count, metavar="N", help="at most so many (default: one per GPU or core)")
+    cli.add_actor_flags(parser)
     return parser
 
 
@@ -45,9 +45,9 @@ def main(arguments: Sequence[str]) -> None:
     options = make_parser().parse_args(arguments)
 
     from eqm_dist.launch.sampling import draw
-    from eqm_dist.pretrained import load, newest_run
+    from eqm_dist.pretrained import load
 
-    model = load(options.model or newest_run(), autoencoder=options.autoencoder, overrides=cli.model_overrides(options))
+    model = load(options.model, autoencoder=options.autoencoder, overrides=cli.model_overrides(options))
     out = Path(options.out or f"samples/{model.name}")
     kept = ("samples", "labels", "seed", "batch", "format", "launcher", "actors")
     print(draw(model, out, **{name: getattr(options, name) for name in kept}))

@@ -77,14 +77,14 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError("--trials has no effect on --search grid, which tries all points; use random or optuna.")
 
     from eqm_dist.launch.evaluation import Judge, reference_of
-    from eqm_dist.pretrained import load, newest_run
+    from eqm_dist.pretrained import load
     from eqm_dist.runs import sweep_directory
     from eqm_dist.sweeps.plan import AXES, Plan
     from eqm_dist.sweeps.spaces import read_space
     from eqm_dist.sweeps.stepsize import check, describe, sweep
 
     space = read_space(options.space, AXES)
-    model = load(options.model or newest_run(), autoencoder=options.autoencoder, overrides=cli.model_overrides(options))
+    model = load(options.model, autoencoder=options.autoencoder, overrides=cli.model_overrides(options))
     evaluation = model.config.evaluation
     judge = Judge(
         extractor=evaluation.extractor,

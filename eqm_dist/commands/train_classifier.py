@@ -21,9 +21,9 @@ FEWEST_IMAGES = 160
 def make_parser() -> argparse.ArgumentParser:
     """The flags of this command."""
     parser = cli.command_parser(__doc__)
-    parser.add_argument("--shards", metavar="DIR", help="data set of pixels; default: the embedded digits")
-    parser.add_argument("--out", metavar="FILE", required=True, help="where the weights go, as safetensors")
-    parser.add_argument("--steps", type=int, default=STEPS, help="fewest updates (default: %(default)s)")
+    parser.add_argument("--shards", metavar="DIR", help="data set of images (default: the embedded digits)")
+    parser.add_argument("--out", metavar="FILE", required=True, help="file for the weights, as safetensors")
+    parser.add_argument("--steps", type=int, default=STEPS, help="smallest number of updates (default: %(default)s)")
     return parser
 
 
