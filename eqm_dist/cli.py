@@ -16,7 +16,7 @@ import yaml
 
 from eqm_dist.config import Config
 from eqm_dist.errors import ConfigError, EqmDistError
-from eqm_dist.options import options, read_yaml, suggestion, with_overrides
+from eqm_dist.options import Layer, given, layered, options, read_yaml, suggestion
 from eqm_dist.presets import PRESETS
 
 PACKAGED = "eqm-dist"
@@ -178,14 +178,14 @@ def config_from(arguments: argparse.Namespace) -> Config:
     Raises:
         ConfigError: an unknown key or a wrong value, in the file or in a flag.
     """
-    config = PRESETS[arguments.preset or "digits"]()
-    if arguments.config:
-        config = with_overrides(config, read_yaml(arguments.config, Config), arguments.config)
-    return with_overrides(config, overrides_from(arguments), "command line")
+    preset = arguments.preset or "digits"
+    file = [(read_yaml(arguments.config, Config), arguments.config)] if arguments.config else []
+    flags = overrides_from(arguments), "command line"
+    return layered(Config, (given(PRESETS[preset]()), f"preset {preset}"), *file, flags)
 
 
-def model_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The config keys that change a trained model: the sampler of ``--config``, then flags.
+def model_overrides(arguments: argparse.Namespace) -> list[Layer]:
+    """The config keys that change a trained model, by layers: the sampler of ``--config``, then the flags.
 
     Raises:
         ConfigError: the file has no sampler.
@@ -199,7 +199,7 @@ def model_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
                 f"--config must name a YAML file with a sampler section, and {arguments.config} has none;"
                 " use best.yaml of a sweep or config.yaml of a run."
             )
-    return {**sampler, **overrides_from(arguments)}
+    return [(sampler, str(arguments.config)), (overrides_from(arguments), "command line")]
 
 
 def overrides_from(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -89,17 +89,25 @@ class DataConfig(Section):
     """Compare each shard with the manifest's sha256 when it is first read."""
     workers: Annotated[Count, Resumable] = 1
     """Threads per process that prepare batches in advance; 0 prepares each batch when it is asked for."""
-    cache_dir: Annotated[str | None, Only("remote", (True,), "~/.cache/eqm-dist", words=S3), Resumable, Place] = None
+    cache_dir: Annotated[
+        str | None, Only("remote", (True,), "~/.cache/eqm-dist", words=S3, by=("shards", "mix")), Resumable, Place
+    ] = None
     """Directory that keeps files from s3://, shared by all processes of a machine."""
-    cache_gib: Annotated[Positive | None, Only("remote", (True,), 64.0, words=S3), Resumable] = None
+    cache_gib: Annotated[Positive | None, Only("remote", (True,), 64.0, words=S3, by=("shards", "mix")), Resumable] = (
+        None
+    )
     """Most disk space that these files may take, in GiB."""
-    deadline_s: Annotated[Positive | None, Only("remote", (True,), DEADLINE_S, words=S3), Resumable] = None
+    deadline_s: Annotated[
+        Positive | None, Only("remote", (True,), DEADLINE_S, words=S3, by=("shards", "mix")), Resumable
+    ] = None
     """Seconds for which s3:// may fail or stall before the run gives up."""
 
     @model_validator(mode="after")
     def _one_or_several(self) -> Self:
         if self.shards is not None and self.mix:
-            raise no_effect("shards", "shards has no effect beside mix; put it into mix or leave one of them out")
+            raise no_effect(
+                "shards", "shards has no effect beside mix; put it into mix or leave one of them out", ["mix"]
+            )
         return self
 
     @property
@@ -183,9 +191,11 @@ class DispersiveConfig(Section, marks=(Axis,)):
 
     weight: Annotated[float, Field(ge=0)] = 0.0
     """Factor of the dispersive loss; 0 turns it off, the official code has 0.5."""
-    temperature: Annotated[Positive | None, Only("on", (True,), 1.0, words="a weight above 0")] = None
+    temperature: Annotated[Positive | None, Only("on", (True,), 1.0, words="a weight above 0", by=("weight",))] = None
     """Squared distances are divided by it, as in the official code."""
-    group: Annotated[Annotated[int, Field(ge=2)] | None, Only("on", (True,), 32, words="a weight above 0")] = None
+    group: Annotated[
+        Annotated[int, Field(ge=2)] | None, Only("on", (True,), 32, words="a weight above 0", by=("weight",))
+    ] = None
     """Samples that are compared with each other; one worker's micro-batch holds all of them."""
 
     @property
@@ -382,7 +392,9 @@ class LaunchConfig(Section, marks=(Resumable,)):
     """CPUs of each worker. auto: the cluster's, shared evenly; of an elastic run a GPU's share of its node, else 1."""
     max_failures: Annotated[Annotated[int, Field(ge=-1)] | None, Only("launcher", ("ray",), 3)] = None
     """Failures in a row, with no newer checkpoint in between, that the run recovers from; -1 for any number."""
-    resize_check_s: Annotated[Positive | None, Only("elastic", (True,), 60.0, words="workers as [fewest,most]")] = None
+    resize_check_s: Annotated[
+        Positive | None, Only("elastic", (True,), 60.0, words="workers as [fewest,most]", by=("workers",))
+    ] = None
     """Seconds between checks for capacity to scale up."""
     hang_deadline_s: Annotated[Annotated[float, Field(ge=0)] | None, Only("launcher", ("ray",), 600.0)] = None
     """Longest time between two steps. A worker that takes longer is killed, and the run restarts; 0 for no limit."""
@@ -417,7 +429,9 @@ class CheckpointConfig(Section, marks=(Resumable,)):
     """End the run when this many saves in a row have failed, as on a full disk; the last save must not fail."""
     mirror: Annotated[Annotated[str, Field(min_length=1)] | None, Place] = None
     """Directory or s3:// prefix for a second copy of the run; a lost run directory is fetched from it. null: none."""
-    mirror_deadline_s: Annotated[Positive | None, Only("remote_mirror", (True,), DEADLINE_S, words=MIRROR)] = None
+    mirror_deadline_s: Annotated[
+        Positive | None, Only("remote_mirror", (True,), DEADLINE_S, words=MIRROR, by=("mirror",))
+    ] = None
     """Seconds for which an s3:// mirror may fail or stall before a copy is given up."""
 
     @property
@@ -472,10 +486,12 @@ class SamplerConfig(Section, marks=(Resumable, Axis)):
     """Absolute tolerance of a step."""
     cfg_scale: Annotated[float, Field(ge=0)] = 1.0
     """Scale of classifier-free guidance; 1 turns it off."""
-    guided_channels: Annotated[PositiveInt | None, Only("guided", (True,), words="a cfg_scale other than 1")] = None
+    guided_channels: Annotated[
+        PositiveInt | None, Only("guided", (True,), words="a cfg_scale other than 1", by=("cfg_scale",))
+    ] = None
     """Guide only the first channels (the official figures use 3 of 4); null: all."""
     guidance_interval: Annotated[
-        tuple[Share, Share] | None, Only("guided", (True,), words="a cfg_scale other than 1")
+        tuple[Share, Share] | None, Only("guided", (True,), words="a cfg_scale other than 1", by=("cfg_scale",))
     ] = None
     """Guide from one part of the trajectory to another: of the NFE, or of an integrator's time; null: always."""
 
@@ -490,6 +506,7 @@ class SamplerConfig(Section, marks=(Resumable, Axis)):
             raise no_effect(
                 "step_policy",
                 "step_policy=backtracking judges steps along the field, which adam's are not; use gd or nag",
+                ["name"],
             )
         if self.name == "heun" and self.nfe % 2:
             raise ValueError(f"nfe={self.nfe} must be even for heun, whose steps take two; change it by 1")
@@ -600,7 +617,8 @@ class Config(Section):
                 settle(section, self)
             except PydanticCustomError as error:
                 facts = error.context or {}
-                raise no_effect(f"{name}.{facts['option']}", f"{name}.{facts['sentence']}") from None
+                because = [key if "." in key else f"{name}.{key}" for key in facts["because"]]
+                raise no_effect(f"{name}.{facts['option']}", f"{name}.{facts['sentence']}", because) from None
             put_section(self, name, section)
         if self.objective.kind == "flow_matching" and self.sampler.name in INTEGRATORS and self.sampler.horizon is None:
             put(self.sampler, "horizon", 1.0)
@@ -613,6 +631,7 @@ class Config(Section):
                     f"engine.{key}",
                     f"engine.{key}={shown(value)} has no effect with launch.launcher=local, which is one plain process;"
                     " leave it out or use launch.launcher=ray",
+                    ["launch.launcher"],
                 )
 
     @model_validator(mode="after")

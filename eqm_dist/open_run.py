@@ -185,7 +185,7 @@ class _Begun:
                     f" start another run with --run.name, or delete {self.place.url} to start this one over."
                 )
         kept = {key: value for key, value in _given(self.config).items() if key not in places}
-        merged = layered(Config, kept, _given(config), f"what is given to go on with the run {name}")
+        merged = layered(Config, (kept, "its record"), (_given(config), f"what is given to go on with the run {name}"))
         self._check_steps(merged)
         self._say_what_is_kept(config, merged)
         return merged

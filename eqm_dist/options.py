@@ -12,7 +12,7 @@ that follows from another option (a tenth of the step size) follows it (docs/dec
 import difflib
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, cast
 
@@ -46,6 +46,7 @@ class Only:
         default: its value there, or a function of its section, or ``REQUIRED``.
         otherwise: the value in effect elsewhere, or a function of its section; no other may be given there.
         words: what it needs, where ``option=value`` would not say it.
+        by: the options that decide, where ``option`` is a property.
     """
 
     option: str
@@ -53,6 +54,12 @@ class Only:
     default: Any = None
     otherwise: Any = None
     words: str | None = None
+    by: tuple[str, ...] = ()
+
+    @property
+    def deciders(self) -> tuple[str, ...]:
+        """The options that say whether it takes effect."""
+        return self.by or (self.option,)
 
     @property
     def needs(self) -> str:
@@ -104,6 +111,9 @@ class Section(BaseModel):
 
 
 T = TypeVar("T", bound=Section)
+
+Layer = tuple[Mapping[str, Any], str]
+"""Dotted keys or nested sections with their values, and the name of their source."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +215,7 @@ def settle(section: Section, root: Section) -> None:
         elif not applies:
             otherwise = only.otherwise(section) if callable(only.otherwise) else only.otherwise
             if value != otherwise:
-                raise no_effect(name, _why(name, value, only, decider, otherwise))
+                raise no_effect(name, _why(name, value, only, decider, otherwise), only.deciders)
 
 
 def put(section: Section, name: str, value: Any) -> None:
@@ -219,12 +229,15 @@ def put_section(section: Section, name: str, inner: Section) -> None:
     vars(section)[name] = inner
 
 
-def no_effect(key: str, sentence: str) -> PydanticCustomError:
-    """The error of an option, by its key in the section that raises it, which cannot take effect beside the others.
+def no_effect(key: str, sentence: str, because: Sequence[str]) -> PydanticCustomError:
+    """The error of an option that cannot take effect beside others; where these were chosen later, it is dropped.
 
-    Where an earlier source gave it, and a later one the others, it is dropped instead (``with_overrides``).
+    Args:
+        key: of the option, in the section that raises the error.
+        sentence: for the user.
+        because: the options that it contradicts, likewise.
     """
-    return PydanticCustomError("no_effect", "{sentence}", {"sentence": sentence, "option": key})
+    return PydanticCustomError("no_effect", "{sentence}", {"sentence": sentence, "option": key, "because": because})
 
 
 _UNDECIDED = object()
@@ -316,47 +329,58 @@ def parse(section: type[T], values: Mapping[str, Any], source: str = "the config
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_sentence(section, error, source)) from None
+        raise ConfigError(_sentence(section, error, {}, [source])) from None
 
 
 def with_overrides(config: T, overrides: Mapping[str, Any], source: str = "the overrides") -> T:
     """A copy of ``config`` with dotted keys set, validated as a whole.
 
-    The one way to change a config, for flags, files, presets, sweeps and tests alike. Where the overrides choose
-    another variant, what was given for the one before and means nothing to this one is dropped. An override that has
-    no effect is refused, as in any source.
+    The one way to change a config, for flags, files, presets, sweeps and tests alike: see ``layered``.
 
     Raises:
         ConfigError: an unknown key, or a value that the rules refuse.
     """
-    return layered(type(config), flatten(given(config), type(config)), overrides, source)
+    return layered(type(config), (given(config), "the config"), (overrides, source))
 
 
-def layered(section: type[T], below: Mapping[str, Any], above: Mapping[str, Any], source: str) -> T:
-    """The config of two layers of dotted keys, of which the upper one counts where both have a key.
+def layered(section: type[T], *layers: Layer) -> T:
+    """The config of several layers, each of keys and the name of its source; the last one that has a key counts.
 
-    See ``with_overrides``, whose overrides are the upper layer.
+    The whole is validated, so a layer need not be valid alone. Where a layer chooses another variant, what an earlier
+    one gave for the variant before, and means nothing to this one, is dropped. What contradicts the choice of its own
+    layer, or of an earlier one, is refused.
 
     Raises:
         ConfigError: an unknown key, or a value that the rules refuse.
     """
     values: dict[str, Any] = {}
-    places = {key.rpartition(".")[0] for key in _prefixes(section)}
-    for key, value in (*below.items(), *above.items()):
-        parent, _, name = key.rpartition(".")
-        if parent not in places or key != (f"{parent}.{name}" if parent else name):
-            raise ConfigError(_unknown(section, key, source))
-        _node(values, parent)[name] = value
+    givers: dict[str, int] = {}
+    known = list(_prefixes(section))
+    places = {key.rpartition(".")[0] for key in known}
+    for number, (layer, source) in enumerate(layers):
+        for key, value in flatten(layer, section).items():
+            parent, _, name = key.rpartition(".")
+            if parent not in places or key != (f"{parent}.{name}" if parent else name):
+                raise ConfigError(_unknown(section, key, source))
+            _node(values, parent)[name] = value
+            if value is not None or key not in givers:  # null takes the default, and contradicts nothing
+                givers[key] = number
     while True:
         try:
             return section.model_validate(values)
         except ValidationError as error:
-            dropped = [key for key in _without_effect(error) if not _overridden(key, above)]
+            dropped = [key for key, because in _without_effect(section, error) if _gives_way(key, because, givers)]
             if not dropped:
-                raise ConfigError(_sentence(section, error, source)) from None
+                raise ConfigError(_sentence(section, error, givers, [source for _, source in layers])) from None
             for key in dropped:
                 parent, _, name = key.rpartition(".")
                 del _node(values, parent)[name]
+
+
+def _gives_way(key: str, because: Collection[str], givers: Mapping[str, int]) -> bool:
+    """Whether what it contradicts was chosen later than it was given itself, or any option in it."""
+    own = [number for other, number in givers.items() if f"{other}.".startswith(f"{key}.")]
+    return max((givers[other] for other in because if other in givers), default=-1) > max(own, default=-1)
 
 
 def read_yaml(path: str, section: type[BaseModel]) -> dict[str, Any]:
@@ -395,24 +419,33 @@ def _prefixes(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _prefixes(inner, f"{prefix}{name}.")
 
 
-def _without_effect(error: ValidationError) -> list[str]:
-    """The dotted keys of options that have no effect."""
-    found = [each for each in error.errors(include_url=False) if each["type"] == "no_effect"]
-    return [".".join(map(str, (*each["loc"], each.get("ctx", {})["option"]))) for each in found]
+def _without_effect(section: type[BaseModel], error: ValidationError) -> Iterator[tuple[str, set[str]]]:
+    """The dotted keys of options that have no effect, each with the options that say so."""
+    for each in error.errors(include_url=False):
+        if each["type"] == "no_effect":
+            facts = each.get("ctx", {})
+            key, *because = (".".join(map(str, (*each["loc"], name))) for name in (facts["option"], *facts["because"]))
+            yield key, _deciders(section, because)
 
 
-def _overridden(key: str, overrides: Mapping[str, Any]) -> bool:
-    """Whether the key itself, a section that holds it, or an option in it was set to something."""
-    return any(
-        f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
-        for other, value in overrides.items()
-        if value is not None
-    )
+def _deciders(section: type[BaseModel], keys: Collection[str]) -> set[str]:
+    """These options, those that say whether they take effect, and so on."""
+    onlys = {option.key: option.only for option in options(section)}
+    found: set[str] = set()
+    left = list(keys)
+    while left:
+        key = left.pop()
+        found.add(key)
+        if (only := onlys.get(key)) is not None:
+            place = key.rpartition(".")[0]
+            left += [name if "." in name else f"{place}.{name}" for name in only.deciders]
+    return found
 
 
-def _sentence(section: type[Section], error: ValidationError, source: str) -> str:
+def _sentence(section: type[Section], error: ValidationError, givers: Mapping[str, int], sources: Sequence[str]) -> str:
     first, *rest = error.errors(include_url=False)
     key = ".".join(str(part) for part in first["loc"])
+    source = sources[givers.get(key, -1)]
     if first["type"] == "extra_forbidden":
         sentence = _unknown(section, key, source)
     elif first["type"] == "missing":

@@ -31,7 +31,7 @@ from eqm_dist.errors import CheckpointError, ConfigError, DataError
 from eqm_dist.evaluate.generate import Generated, generate, warn_of_failures
 from eqm_dist.models.autoencoder import Autoencoder, load_autoencoder, mean_latents
 from eqm_dist.models.sit import SiT
-from eqm_dist.options import parse, with_overrides
+from eqm_dist.options import Layer, given, layered, parse, with_overrides
 from eqm_dist.run_directory import CHECKPOINTS, CONFIG_FILE, MANIFEST_FILE
 from eqm_dist.runs import runs_root
 from eqm_dist.storage.location import local_path
@@ -243,7 +243,7 @@ def load(
     *,
     autoencoder: str | None = None,
     ema: float | Literal["none"] | None = None,
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | Sequence[Layer] = (),
 ) -> Pretrained:
     """Load EMA weights.
 
@@ -256,23 +256,25 @@ def load(
             folder that diffusers wrote, or a hub id.
         ema: of a run or checkpoint, another of ``optimizer.ema_decays`` than the first, or "none" for the weights
             as they are.
-        overrides: config keys to change, such as ``{"objective.kind": "flow_matching"}`` for a SiT file.
+        overrides: config keys to change, such as ``{"objective.kind": "flow_matching"}`` for a SiT file; or several
+            layers of them (``options.layered``).
 
     Raises:
         CheckpointError: there is nothing to load there, or it is damaged.
         ConfigError: an override that cannot be.
     """
-    path, overrides = newest_run() if location is None else local_path(location), dict(overrides or {})
+    path = newest_run() if location is None else local_path(location)
+    layers = [(overrides, "the overrides")] if isinstance(overrides, Mapping) else list(overrides)
     if ema is not None and (path.is_file() or (path / WEIGHTS_FILE).exists()):
         raise ConfigError(f"Only runs and checkpoints hold several EMAs, and {path} is neither; leave out ema.")
     if path.is_file():
-        loaded = _file(path, overrides)
+        loaded = _file(path, layers)
     elif (path / WEIGHTS_FILE).exists():
-        loaded = _export(path, overrides)
+        loaded = _export(path, layers)
     elif (path / MARKER).exists():
-        loaded = _checkpoint(path, ema, overrides)
+        loaded = _checkpoint(path, ema, layers)
     elif latest := Checkpoints(path / CHECKPOINTS, keep=1).latest():
-        loaded = _checkpoint(latest, ema, overrides)
+        loaded = _checkpoint(latest, ema, layers)
     else:
         raise CheckpointError(
             "A model must be a run directory with a whole checkpoint, a checkpoint, a directory of pipelines/export.py"
@@ -298,10 +300,10 @@ def newest_run(root: Path | None = None) -> Path:
     return max(markers, key=lambda marker: marker.stat().st_mtime).parents[2]
 
 
-def _checkpoint(path: Path, ema: float | Literal["none"] | None, overrides: Mapping[str, Any]) -> Pretrained:
+def _checkpoint(path: Path, ema: float | Literal["none"] | None, layers: Sequence[Layer]) -> Pretrained:
     marker = read_marker(path)
     verify_file(path, CONFIG_FILE, marker)
-    config = _config(path / CONFIG_FILE, overrides)
+    config = _config(path / CONFIG_FILE, layers)
     state = WEIGHT if ema == "none" else ema_key(ema or config.optimizer.ema_decays[0])
     run = path.parent.parent
     manifest = read_manifest(run) if (run / MANIFEST_FILE).exists() else None
@@ -326,7 +328,7 @@ def _of_manifest(manifest: Manifest | None) -> dict[str, Any]:
     }
 
 
-def _export(path: Path, overrides: Mapping[str, Any]) -> Pretrained:
+def _export(path: Path, layers: Sequence[Layer]) -> Pretrained:
     try:
         description = json.loads((path / DESCRIPTION_FILE).read_bytes())
         fields = {name: description[name] for name in ("step", "autoencoder_id", "autoencoder_location")}
@@ -337,7 +339,7 @@ def _export(path: Path, overrides: Mapping[str, Any]) -> Pretrained:
             f" ({error!r}); export again."
         ) from None
     return Pretrained(
-        config=_config(path / CONFIG_FILE, overrides),
+        config=_config(path / CONFIG_FILE, layers),
         weights=_safetensors(path / WEIGHTS_FILE),
         source=str(path),
         class_names=names,
@@ -345,14 +347,14 @@ def _export(path: Path, overrides: Mapping[str, Any]) -> Pretrained:
     )
 
 
-def _config(path: Path, overrides: Mapping[str, Any]) -> Config:
+def _config(path: Path, layers: Sequence[Layer]) -> Config:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({' '.join(str(error).split())}); restore it, or use another checkpoint."
         ) from None
-    return with_overrides(parse(Config, values, str(path)), overrides)
+    return layered(Config, (given(parse(Config, values, str(path))), str(path)), *layers)
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
@@ -362,7 +364,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read ({error}); restore it, or use another file.") from None
 
 
-def _file(path: Path, overrides: dict[str, Any]) -> Pretrained:
+def _file(path: Path, layers: Sequence[Layer]) -> Pretrained:
     """Bare weights under the official names; of the official ``.pt`` the EMA."""
     if path.suffix == ".safetensors":
         weights = _safetensors(path)
@@ -379,10 +381,10 @@ def _file(path: Path, overrides: dict[str, Any]) -> Pretrained:
         content = content if isinstance(content, Mapping) else {}
         weights = content.get("ema", content.get("model", content))
     weights = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
-    return Pretrained(config=_config_of(weights, overrides, path), weights=weights, source=str(path))
+    return Pretrained(config=_config_of(weights, layers, path), weights=weights, source=str(path))
 
 
-def _config_of(weights: Mapping[str, Tensor], overrides: dict[str, Any], path: Path) -> Config:
+def _config_of(weights: Mapping[str, Tensor], layers: Sequence[Layer], path: Path) -> Config:
     """Sizes as the weights have them; heads cannot be read off, so they are those of the official size."""
     try:
         hidden_size, channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
@@ -396,8 +398,8 @@ def _config_of(weights: Mapping[str, Tensor], overrides: dict[str, Any], path: P
             " use a checkpoint of EqM or SiT."
         ) from None
     sizes = {(size.hidden_size, size.depth): size.num_heads for size in SIZES.values()}
-    heads = overrides.pop("model.num_heads", sizes.get((hidden_size, depth)))
-    if heads is None:
+    heads = sizes.get((hidden_size, depth))
+    if heads is None and not any("model.num_heads" in layer for layer, _ in layers):
         raise ConfigError(
             f"The number of heads cannot be read off weights, and {path} has no official size ({hidden_size} wide,"
             f" {depth} deep); give model.num_heads."
@@ -408,9 +410,9 @@ def _config_of(weights: Mapping[str, Tensor], overrides: dict[str, Any], path: P
             "patch_size": patch_size,
             "hidden_size": hidden_size,
             "depth": depth,
-            "num_heads": heads,
+            **({"num_heads": heads} if heads else {}),
             "learn_sigma": outputs == 2 * channels,
             "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
         },
     }
-    return with_overrides(parse(Config, values, str(path)), overrides)
+    return layered(Config, (values, str(path)), *layers)

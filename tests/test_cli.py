@@ -47,6 +47,20 @@ def test_defaults_then_preset_then_file_then_flags(tmp_path: Path) -> None:
     assert config_from(*flags) == with_overrides(eqm_b2(), expected)
 
 
+def test_a_file_and_flags_need_only_be_valid_together(tmp_path: Path) -> None:
+    mix = "data: {mix: [{shards: a}, {shards: b}]}\n"  # which cannot be evaluated, and the default is to evaluate
+    assert config_from("--config", yaml_file(tmp_path, mix), "--evaluation.every", "0").data.locations() == ["a", "b"]
+    with pytest.raises(ConfigError, match=r"data.mix has several; set evaluation.every=0 \(command line\)"):
+        config_from("--config", yaml_file(tmp_path, mix))
+    # What contradicts itself in one source stays an error, whatever the flags say besides.
+    gd = yaml_file(tmp_path, "sampler: {name: gd, momentum: 0.5}\n")
+    with pytest.raises(ConfigError, match=r"momentum has no effect with name=gd"):
+        config_from("--config", gd, "--train.steps", "5")
+    assert config_from("--config", gd, "--sampler.name", "adam").sampler.momentum is None
+    with pytest.raises(ConfigError, match=r"momentum has no effect with name=gd"):
+        config_from("--config", yaml_file(tmp_path, "sampler: {name: gd}\n"), "--sampler.momentum", "0.5")
+
+
 def test_digits_are_the_default_preset() -> None:
     assert config_from() == digits()
 

@@ -71,6 +71,8 @@ def test_the_sampler_can_be_changed(root: Path) -> None:
         model.sample([0], name="gd", momentum=0.3)
     with pytest.raises(ConfigError, match=r"did you mean sampler.step_size"):
         model.sample([0], stepsize=3)
+    layers = [({"sampler": {"name": "nag", "momentum": 0.7}}, "best.yaml"), ({"sampler.name": "gd"}, "command line")]
+    assert eqm_dist.load(root / "tiny", overrides=layers).config.sampler.momentum is None
 
 
 def test_labels_outside_the_model_are_refused(root: Path) -> None:

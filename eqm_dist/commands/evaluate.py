@@ -20,7 +20,7 @@ from eqm_dist.errors import ConfigError
 from eqm_dist.logs import setup_logging
 from eqm_dist.metric_settings import METRIC_NAMES, MetricSettings
 
-MODEL_FLAGS = ("model", "autoencoder", "samples", "labels", "seed")
+MODEL_FLAGS = ("config", "model", "autoencoder", "samples", "labels", "seed")
 SAMPLES = 50_000
 
 
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
     options = make_parser().parse_args(arguments)
     overrides = cli.model_overrides(options)
     useless = [f"--{name}" for name in MODEL_FLAGS if getattr(options, name) is not None]
-    useless += [f"--{key}" for key in overrides]
+    useless += [f"--{key}" for layer, _ in overrides for key in layer]
     if options.images and useless:
         raise ConfigError(f"{useless[0]} has no effect on --images, which are drawn already; leave one of them out.")
     if options.save_reference and not options.save_reference.endswith(".safetensors"):
