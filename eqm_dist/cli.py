@@ -12,10 +12,12 @@ from typing import Any, NoReturn
 
 import yaml
 
-from eqm_dist.config import Config
+from eqm_dist.config import Config, TrackConfig
 from eqm_dist.errors import ConfigError, EqmDistError
 from eqm_dist.options import options, read_yaml, suggestion, with_overrides
 from eqm_dist.presets import PRESETS
+
+TRACK = "track."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -145,7 +147,20 @@ def model_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
                 f"--config must name a YAML file with a sampler section, and {arguments.config} has none;"
                 " use best.yaml of a sweep or config.yaml of a run."
             )
-    return {**sampler, **overrides_from(arguments)}
+    flags = overrides_from(arguments)
+    return {**sampler, **{key: value for key, value in flags.items() if not key.startswith(TRACK)}}
+
+
+def track_from(arguments: argparse.Namespace) -> TrackConfig:
+    """Where flags say that a command on a trained model is recorded.
+
+    Never the model's own config: a model of somebody else must not decide to which server credentials go.
+
+    Raises:
+        ConfigError: a wrong value.
+    """
+    flags = {key: value for key, value in overrides_from(arguments).items() if key.startswith(TRACK)}
+    return with_overrides(PRESETS["digits"](), flags, "command line").track
 
 
 def overrides_from(arguments: argparse.Namespace) -> dict[str, Any]:

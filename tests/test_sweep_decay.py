@@ -18,8 +18,10 @@ from ray.tune.schedulers import TrialScheduler
 from eqm_dist.errors import CheckpointError, ConfigError
 from eqm_dist.launch.fork import fork_run
 from eqm_dist.launch.ray_tune import EarlyStop, _Asha
+from eqm_dist.sweeps.decay.plan import AXES
+from eqm_dist.sweeps.decay.population import explored
+from eqm_dist.sweeps.decay.results import Trained, summaries
 from eqm_dist.sweeps.spaces import parse_space
-from eqm_dist.sweeps.trainings import AXES, Trained, _explored, summaries
 from eqm_dist.track.jsonl import read_metrics
 from tests import tiny
 from tuning.sweep_decay import main
@@ -141,9 +143,9 @@ def test_exploring_stays_in_the_space() -> None:
     space = parse_space({RATE: {"log": [0.001, 0.1]}, FAMILY: ["linear", "constant"]}, AXES, "test")
     point, families = {RATE: 0.09, FAMILY: "linear"}, set()
     for seed in range(40):
-        explored = _explored(space, point, np.random.default_rng(seed))
-        assert explored[RATE] in (0.072, 0.1)  # 0.8 times, or 1.25 times up to the end
-        families.add(explored[FAMILY])
+        near = explored(space, point, np.random.default_rng(seed))
+        assert near[RATE] in (0.072, 0.1)  # 0.8 times, or 1.25 times up to the end
+        families.add(near[FAMILY])
     assert families == {"linear", "constant"}
 
 
@@ -155,7 +157,7 @@ def test_exploring_stays_in_the_space() -> None:
         (
             {FAMILY: "linear", "objective.decay.decay_start": [0.5]},
             {},
-            "decay_start has no effect on the linear family",
+            "decay_start has no effect with family=linear",
         ),
         (GRID, {"evaluation.every": 0}, "evaluation.every=0 measures none"),
         (GRID, {"reduction": 1}, "--reduction must be at least 2"),

@@ -77,8 +77,11 @@ def main(arguments: Sequence[str]) -> None:
     import torch
 
     from eqm_dist.runs import sweep_directory
+    from eqm_dist.sweeps.decay.dry_run import describe
+    from eqm_dist.sweeps.decay.plan import AXES, Plan, check
+    from eqm_dist.sweeps.decay.sweep import sweep
+    from eqm_dist.sweeps.search import Search
     from eqm_dist.sweeps.spaces import read_space
-    from eqm_dist.sweeps.trainings import AXES, Plan, check, describe, sweep
 
     gpus = options.gpus_per_trial if options.gpus_per_trial is not None else float(torch.cuda.is_available())
     if getattr(options, "launch.launcher") != "ray":
@@ -95,17 +98,21 @@ def main(arguments: Sequence[str]) -> None:
         cpus = max(1, options.cpus_per_trial // workers) if cpus == "auto" else cpus
         config = with_overrides(config, {"launch.workers": workers, "launch.cpus_per_worker": cpus})
     population = options.search == "pbt"
+    search = Search(
+        space=read_space(options.space, AXES),
+        how=options.search,
+        trials=options.trials or TRIALS,
+        seed=config.run.seed,
+        out=Path(options.out) if options.out else sweep_directory("decay"),
+    )
     plan = Plan(
         config=config,
-        space=read_space(options.space, AXES),
-        search=options.search,
-        trials=options.trials or TRIALS,
+        search=search,
         seeds=1 if population else options.seeds or SEEDS,
         reduction=options.reduction or (REPLACED if population else 0),
         grace=options.grace or config.evaluation.every or 1,
         cpus=options.cpus_per_trial,
         gpus=gpus,
-        out=Path(options.out) if options.out else sweep_directory("decay"),
     )
     check(plan)
     print(describe(plan) if options.dry_run else sweep(plan, options.hours))

@@ -72,11 +72,13 @@ def main(arguments: Sequence[str]) -> None:
     from eqm_dist.launch.evaluation import Judge, reference_of
     from eqm_dist.pretrained import load, newest_run
     from eqm_dist.runs import sweep_directory
-    from eqm_dist.sweeps.plan import AXES, Plan
+    from eqm_dist.sweeps.search import Search
     from eqm_dist.sweeps.spaces import read_space
-    from eqm_dist.sweeps.stepsize import check, describe, sweep
+    from eqm_dist.sweeps.stepsize.dry_run import describe
+    from eqm_dist.sweeps.stepsize.plan import AXES, Plan, check
+    from eqm_dist.sweeps.stepsize.sweep import sweep
 
-    space = read_space(options.space, AXES)
+    space, track = read_space(options.space, AXES), cli.track_from(options)
     model = load(options.model or newest_run(), autoencoder=options.autoencoder, overrides=cli.model_overrides(options))
     evaluation = model.config.evaluation
     judge = Judge(
@@ -89,20 +91,25 @@ def main(arguments: Sequence[str]) -> None:
         cache=options.cache,
     )
 
+    search = Search(
+        space=space,
+        how=options.search,
+        trials=options.trials or TRIALS,
+        seed=options.seed,
+        out=Path(options.out) if options.out else sweep_directory(f"stepsize-{model.name}"),
+    )
+
     def plan(samples: int) -> Plan:
         return Plan(
             model=model,
-            space=space,
-            search=options.search,
-            trials=options.trials or TRIALS,
+            search=search,
+            track=track,
             rungs=(*sorted({rung for rung in options.rungs if rung < samples}), samples),
             reduction=options.reduction,
             labels=options.labels,
-            seed=options.seed,
             batch=options.batch,
             launcher=options.launcher,
             actors=options.actors,
-            out=Path(options.out) if options.out else sweep_directory(f"stepsize-{model.name}"),
         )
 
     check(plan(options.samples or MOST_SAMPLES))
