@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,17 +13,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from ray.tune.schedulers import TrialScheduler
 
 from eqm_dist.errors import CheckpointError, ConfigError
+from eqm_dist.launch import ray_tune
 from eqm_dist.launch.fork import fork_run
-from eqm_dist.launch.ray_tune import EarlyStop, _Asha
+from eqm_dist.launch.ray_tune import EarlyStop, Trial, _Asha
+from eqm_dist.options import dump
 from eqm_dist.sweeps.decay.plan import AXES
 from eqm_dist.sweeps.decay.population import explored
 from eqm_dist.sweeps.decay.results import Trained, summaries
 from eqm_dist.sweeps.spaces import parse_space
 from eqm_dist.track.jsonl import read_metrics
+from eqm_dist.train.evaluations import SCORE
 from tests import tiny
 from tuning.sweep_decay import main
 
@@ -126,6 +131,39 @@ def test_early_stopping_knows_what_an_earlier_attempt_measured() -> None:
             decision = scheduler.on_trial_result(controller, trial, {"step": 2, "fid": fid})
             assert (decision == TrialScheduler.STOP) == expected
             assert ("new" in scheduler.stopped) == expected
+
+
+def test_a_run_that_ends_while_it_is_reported_reports_its_last_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.config(tmp_path, tmp_path / "blots", **{"train.steps": 4})
+    metrics, heard = Trial(config).directory / "metrics.jsonl", threading.Event()
+    reports: list[dict[str, Any]] = []
+
+    def evaluated(step: int, fid: float) -> None:
+        with metrics.open("a") as file:
+            file.write(json.dumps({"step": step, SCORE: fid}) + "\n")
+
+    def train(_: object) -> None:
+        metrics.parent.mkdir()
+        evaluated(2, 3.0)
+        assert heard.wait(60)
+        evaluated(4, 1.0)
+
+    def report(result: dict[str, Any]) -> None:
+        reports.append(result)
+        heard.set()
+        for thread in threading.enumerate():
+            if thread.name == "training":
+                thread.join()  # as slow as a driver with other work
+
+    monkeypatch.setattr(ray_tune, "open_run", lambda _: SimpleNamespace(mlflow=None))
+    monkeypatch.setattr(ray_tune.local, "train", train)
+    monkeypatch.setattr(ray_tune.tune, "report", report)
+    ray_tune._train(
+        {"trial": {"config": dump(config), "origin": None, "parent": None, "threads": torch.get_num_threads()}}
+    )
+    assert reports == [{"step": 2, "fid": 3.0}, {"step": 4, "fid": 1.0}]
 
 
 def test_a_point_is_the_mean_and_the_spread_of_its_seeds() -> None:
