@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 
 import yaml
 
-from eqm_dist.config import Config
+from eqm_dist.config import Config, TrackConfig
 from eqm_dist.errors import ConfigError, EqmDistError
-from eqm_dist.options import Layer, given, layered, options, read_yaml, suggestion
+from eqm_dist.options import Layer, given, layered, options, parse, read_yaml, suggestion
 from eqm_dist.presets import PRESETS
 
 PACKAGED = "eqm-dist"
@@ -35,6 +35,9 @@ def as_started(text: str) -> str:
     return re.sub(
         r"(?:python\s+)?(?:pipelines|tuning)/(\w+)\.py", lambda found: f"{PACKAGED} {found[1].replace('_', '-')}", text
     )
+
+
+TRACK = "track."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -199,7 +202,21 @@ def model_overrides(arguments: argparse.Namespace) -> list[Layer]:
                 f"--config must name a YAML file with a sampler section, and {arguments.config} has none;"
                 " use best.yaml of a sweep or config.yaml of a run."
             )
-    return [(sampler, str(arguments.config)), (overrides_from(arguments), "command line")]
+    flags = {key: value for key, value in overrides_from(arguments).items() if not key.startswith(TRACK)}
+    return [(sampler, str(arguments.config)), (flags, "command line")]
+
+
+def track_from(arguments: argparse.Namespace) -> TrackConfig:
+    """Where flags say that a command on a trained model is recorded.
+
+    Never the model's own config: a model of somebody else must not decide to which server credentials go.
+
+    Raises:
+        ConfigError: a wrong value.
+    """
+    flags = overrides_from(arguments)
+    own = {key.removeprefix(TRACK): value for key, value in flags.items() if key.startswith(TRACK)}
+    return parse(TrackConfig, own, "command line")
 
 
 def overrides_from(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class Pretrained:
             seed: image i depends on (weights, seed, i) alone.
             batch: images drawn at once.
             device: default a GPU if there is one.
-            sampler: keys of ``sampler`` to change: ``evaluations=50``, ``cfg_scale=1.5``, ...
+            sampler: keys of ``sampler`` to change: ``nfe=50``, ``cfg_scale=1.5``, ...
 
         Returns:
             Images [n, H, W, C], uint8.

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,16 +13,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from ray.tune.schedulers import TrialScheduler
 
 from eqm_dist.commands.sweep_decay import main
 from eqm_dist.errors import CheckpointError, ConfigError
+from eqm_dist.launch import ray_tune
 from eqm_dist.launch.fork import fork_run
-from eqm_dist.launch.ray_tune import EarlyStop, _Asha
+from eqm_dist.launch.ray_tune import EarlyStop, Trial, _Asha
+from eqm_dist.options import dump
+from eqm_dist.sweeps.decay.plan import AXES
+from eqm_dist.sweeps.decay.population import explored
+from eqm_dist.sweeps.decay.results import Trained, summaries
 from eqm_dist.sweeps.spaces import parse_space
-from eqm_dist.sweeps.trainings import AXES, Trained, _explored, summaries
 from eqm_dist.track.jsonl import read_metrics
+from eqm_dist.train.evaluations import SCORE
 from tests import tiny
 
 SCRIPT = Path(__file__).parent.parent / "tuning" / "sweep_decay.py"
@@ -126,6 +133,39 @@ def test_early_stopping_knows_what_an_earlier_attempt_measured() -> None:
             assert ("new" in scheduler.stopped) == expected
 
 
+def test_a_run_that_ends_while_it_is_reported_reports_its_last_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.config(tmp_path, tmp_path / "blots", **{"train.steps": 4})
+    metrics, heard = Trial(config).directory / "metrics.jsonl", threading.Event()
+    reports: list[dict[str, Any]] = []
+
+    def evaluated(step: int, fid: float) -> None:
+        with metrics.open("a") as file:
+            file.write(json.dumps({"step": step, SCORE: fid}) + "\n")
+
+    def train(_: object) -> None:
+        metrics.parent.mkdir()
+        evaluated(2, 3.0)
+        assert heard.wait(60)
+        evaluated(4, 1.0)
+
+    def report(result: dict[str, Any]) -> None:
+        reports.append(result)
+        heard.set()
+        for thread in threading.enumerate():
+            if thread.name == "training":
+                thread.join()  # as slow as a driver with other work
+
+    monkeypatch.setattr(ray_tune, "open_run", lambda _: SimpleNamespace(mlflow=None))
+    monkeypatch.setattr(ray_tune.local, "train", train)
+    monkeypatch.setattr(ray_tune.tune, "report", report)
+    ray_tune._train(
+        {"trial": {"config": dump(config), "origin": None, "parent": None, "threads": torch.get_num_threads()}}
+    )
+    assert reports == [{"step": 2, "fid": 3.0}, {"step": 4, "fid": 1.0}]
+
+
 def test_a_point_is_the_mean_and_the_spread_of_its_seeds() -> None:
     def trained(scale: float, seed: int, step: int, fid: float | None) -> Trained:
         return Trained(f"{scale}-{seed}", {SCALE: scale}, seed, "complete", step, fid, 1.0)
@@ -141,9 +181,9 @@ def test_exploring_stays_in_the_space() -> None:
     space = parse_space({RATE: {"log": [0.001, 0.1]}, FAMILY: ["linear", "constant"]}, AXES, "test")
     point, families = {RATE: 0.09, FAMILY: "linear"}, set()
     for seed in range(40):
-        explored = _explored(space, point, np.random.default_rng(seed))
-        assert explored[RATE] in (0.072, 0.1)  # 0.8 times, or 1.25 times up to the end
-        families.add(explored[FAMILY])
+        near = explored(space, point, np.random.default_rng(seed))
+        assert near[RATE] in (0.072, 0.1)  # 0.8 times, or 1.25 times up to the end
+        families.add(near[FAMILY])
     assert families == {"linear", "constant"}
 
 
@@ -155,7 +195,7 @@ def test_exploring_stays_in_the_space() -> None:
         (
             {FAMILY: "linear", "objective.decay.decay_start": [0.5]},
             {},
-            "decay_start has no effect on the linear family",
+            "decay_start has no effect with family=linear",
         ),
         (GRID, {"evaluation.every": 0}, "evaluation.every=0 measures none"),
         (GRID, {"reduction": 1}, "--reduction must be at least 2"),

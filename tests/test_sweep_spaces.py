@@ -11,7 +11,7 @@ from eqm_dist.config import Config
 from eqm_dist.errors import ConfigError
 from eqm_dist.options import options
 from eqm_dist.sweeps.spaces import Interval, parse_space, read_space, trial_name
-from eqm_dist.sweeps.tpe import TpeSearch
+from eqm_dist.sweeps.stepsize.tpe import TpeSearch
 
 KEYS = [option.key for option in options(Config)]
 ETA, MU, NAME, NFE = (f"sampler.{key}" for key in ("step_size", "momentum", "name", "nfe"))

@@ -1,8 +1,10 @@
 """``tuning/sweep_stepsize.py``: its figures are those of ``pipelines/evaluate.py``, and a kill costs nothing twice."""
 
 import csv
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +24,8 @@ from eqm_dist.core.samplers import NesterovGradientDescent
 from eqm_dist.core.sampling import SamplingMethod
 from eqm_dist.errors import ConfigError
 from eqm_dist.evaluate.generate import generate, generate_along
-from eqm_dist.sweeps.results import Ledger, Result, pareto_front, ranked, survivors, table
+from eqm_dist.sweeps.ledger import Ledger
+from eqm_dist.sweeps.stepsize.results import Result, pareto_front, ranked, survivors, table
 from tests import tiny
 
 SCRIPT = Path(__file__).parent.parent / "tuning" / "sweep_stepsize.py"
@@ -207,13 +210,34 @@ def test_mlflow_has_a_parent_and_a_child_for_each_trial(run: Path, tmp_path: Pat
     assert {"best.yaml", "results.csv", "fid_nfe.png", "fid_step_size.png"} <= artifacts
 
 
+def test_it_is_recorded_where_the_user_says_and_not_where_the_model_was(run: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "theirs" / "tiny"
+    shutil.copytree(run, foreign)
+    checkpoint = foreign / "checkpoints" / "step_00000030"
+    config = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    config["track"] |= {"mlflow_uri": "http://127.0.0.1:9", "experiment": "theirs"}  # a server that nobody runs
+    content = yaml.safe_dump(config).encode()
+    (checkpoint / "config.yaml").write_bytes(content)
+    marker = json.loads((checkpoint / "COMPLETE.json").read_bytes())
+    marker["files"]["config.yaml"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "COMPLETE.json").write_text(json.dumps(marker))
+    space = {"sampler.name": "gd", "sampler.nfe": [2, 3]}
+    for name, others, store in (
+        ("default", {}, foreign.parent / "mlflow.db"),
+        ("mine", {"track.mlflow_uri": f"sqlite:///{tmp_path / 'mine.db'}"}, tmp_path / "mine.db"),
+    ):
+        main(flags(foreign, tmp_path / name, space, **{"track.mlflow": "true", **others}))
+        assert json.loads((tmp_path / name / "mlflow.json").read_text())["tracking_uri"] == f"sqlite:///{store}"
+        assert store.exists()
+
+
 def test_what_cannot_be_is_said_before_anything_is_written(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     eta = "sampler.step_size"
     for space, message in (
         ({"sampler.stepsize": [1]}, "did you mean sampler.step_size"),
         ({"train.steps": [1]}, "train.steps is not an option|train.steps cannot be an axis"),
-        ({"sampler.name": "gd", "sampler.momentum": [0.3]}, "momentum has no effect on gd"),
+        ({"sampler.name": "gd", "sampler.momentum": [0.3]}, "momentum has no effect with name=gd"),
         ({eta: [0.1, -1]}, "step_size: should be greater than 0, got -1"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -236,7 +260,7 @@ def test_a_dry_run_writes_nothing(run: Path, tmp_path: Path, capsys: pytest.Capt
     main([*flags(run, tmp_path / "sweep"), "--dry-run"])
     printed = capsys.readouterr().out
     assert f"{TRIALS} (grid, on 6 descents)" in printed
-    assert "evaluations of the field" in printed
+    assert "NFE, of one image each" in printed
     assert not (tmp_path / "sweep").exists()
 
 
@@ -278,7 +302,7 @@ def test_ranking_puts_the_better_known_first_and_failures_last() -> None:
     poor, fair, good, failed = result(3.0, 5), result(2.0, 5), result(1.0, 9), result(None, 9)
     longer = Result(poor.overrides, 20, 4.0, 5.0, 1.0)
     assert ranked([poor, failed, fair, longer, good]) == [longer, good, fair, failed]
-    text = table(ranked([poor, failed, fair, longer, good]), list(poor.overrides), rows=2)
+    text = table(ranked([poor, failed, fair, longer, good]), list(poor.overrides), most=2)
     assert "... and 1 more in results.csv" in text
     assert "failed: step_size None, nfe 9: why" in text
 

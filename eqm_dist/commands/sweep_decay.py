@@ -19,7 +19,7 @@ from eqm_dist.errors import ConfigError
 from eqm_dist.logs import setup_logging
 from eqm_dist.options import required, with_overrides
 
-SPACE = Path(__file__).parents[1] / "sweeps" / "decay.yaml"
+SPACE = Path(__file__).parents[1] / "sweeps" / "decay" / "space.yaml"
 TRIALS = 16
 SEEDS = 3
 REPLACED = 4
@@ -34,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--space",
         default=str(SPACE),
         metavar="FILE",
-        help="search space, YAML or Python (default: eqm_dist/sweeps/decay.yaml)",
+        help="search space, YAML or Python (default: eqm_dist/sweeps/decay/space.yaml)",
     )
     parser.add_argument("--search", choices=["grid", "random", "pbt"], default="grid", help="(default: %(default)s)")
     parser.add_argument(
@@ -87,8 +87,11 @@ def main(arguments: Sequence[str]) -> None:
     import torch
 
     from eqm_dist.runs import sweep_directory
+    from eqm_dist.sweeps.decay.dry_run import describe
+    from eqm_dist.sweeps.decay.plan import AXES, Plan, check
+    from eqm_dist.sweeps.decay.sweep import sweep
+    from eqm_dist.sweeps.search import Search
     from eqm_dist.sweeps.spaces import read_space
-    from eqm_dist.sweeps.trainings import AXES, Plan, check, describe, sweep
 
     gpus = options.gpus_per_trial if options.gpus_per_trial is not None else float(torch.cuda.is_available())
     if getattr(options, "launch.launcher") != "ray":
@@ -105,17 +108,21 @@ def main(arguments: Sequence[str]) -> None:
         cpus = max(1, options.cpus_per_trial // workers) if cpus == "auto" else cpus
         config = with_overrides(config, {"launch.workers": workers, "launch.cpus_per_worker": cpus})
     population = options.search == "pbt"
+    search = Search(
+        space=read_space(options.space, AXES),
+        how=options.search,
+        trials=options.trials or TRIALS,
+        seed=config.run.seed,
+        out=Path(options.out) if options.out else sweep_directory("decay"),
+    )
     plan = Plan(
         config=config,
-        space=read_space(options.space, AXES),
-        search=options.search,
-        trials=options.trials or TRIALS,
+        search=search,
         seeds=1 if population else options.seeds or SEEDS,
         reduction=options.reduction or (REPLACED if population else 0),
         grace=options.grace or config.evaluation.every or 1,
         cpus=options.cpus_per_trial,
         gpus=gpus,
-        out=Path(options.out) if options.out else sweep_directory("decay"),
     )
     check(plan)
     print(describe(plan) if options.dry_run else sweep(plan, options.hours))

@@ -1,6 +1,6 @@
 """Find the step size, momentum and NFE that draw the best images from a trained model.
 
-python tuning/sweep_stepsize.py              the newest run in runs/, the space of eqm_dist/sweeps/stepsize.yaml
+python tuning/sweep_stepsize.py              the newest run in runs/, the space of eqm_dist/sweeps/stepsize/space.yaml
 python tuning/sweep_stepsize.py --dry-run    the plan and what it will cost
 python tuning/sweep_stepsize.py --model runs/mine --space mine.yaml --search optuna --trials 100 --hours 1
 
@@ -17,7 +17,7 @@ from eqm_dist import cli
 from eqm_dist.errors import ConfigError
 from eqm_dist.logs import setup_logging
 
-SPACE = Path(__file__).parents[1] / "sweeps" / "stepsize.yaml"
+SPACE = Path(__file__).parents[1] / "sweeps" / "stepsize" / "space.yaml"
 MOST_SAMPLES = 50_000
 TRIALS = 50
 
@@ -29,7 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--space",
         default=str(SPACE),
         metavar="FILE",
-        help="search space, YAML or Python (default: eqm_dist/sweeps/stepsize.yaml)",
+        help="search space, YAML or Python (default: eqm_dist/sweeps/stepsize/space.yaml)",
     )
     parser.add_argument("--search", choices=["grid", "random", "optuna"], default="grid", help="(default: %(default)s)")
     parser.add_argument(
@@ -79,11 +79,13 @@ def main(arguments: Sequence[str]) -> None:
     from eqm_dist.launch.evaluation import Judge, reference_of
     from eqm_dist.pretrained import load
     from eqm_dist.runs import sweep_directory
-    from eqm_dist.sweeps.plan import AXES, Plan
+    from eqm_dist.sweeps.search import Search
     from eqm_dist.sweeps.spaces import read_space
-    from eqm_dist.sweeps.stepsize import check, describe, sweep
+    from eqm_dist.sweeps.stepsize.dry_run import describe
+    from eqm_dist.sweeps.stepsize.plan import AXES, Plan, check
+    from eqm_dist.sweeps.stepsize.sweep import sweep
 
-    space = read_space(options.space, AXES)
+    space, track = read_space(options.space, AXES), cli.track_from(options)
     model = load(options.model, autoencoder=options.autoencoder, overrides=cli.model_overrides(options))
     evaluation = model.config.evaluation
     judge = Judge(
@@ -96,20 +98,25 @@ def main(arguments: Sequence[str]) -> None:
         cache=options.cache,
     )
 
+    search = Search(
+        space=space,
+        how=options.search,
+        trials=options.trials or TRIALS,
+        seed=options.seed,
+        out=Path(options.out) if options.out else sweep_directory(f"stepsize-{model.name}"),
+    )
+
     def plan(samples: int) -> Plan:
         return Plan(
             model=model,
-            space=space,
-            search=options.search,
-            trials=options.trials or TRIALS,
+            search=search,
+            track=track,
             rungs=(*sorted({rung for rung in options.rungs if rung < samples}), samples),
             reduction=options.reduction,
             labels=options.labels,
-            seed=options.seed,
             batch=options.batch,
             launcher=options.launcher,
             actors=options.actors,
-            out=Path(options.out) if options.out else sweep_directory(f"stepsize-{model.name}"),
         )
 
     check(plan(options.samples or MOST_SAMPLES))

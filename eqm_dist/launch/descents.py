@@ -1,7 +1,7 @@
 """Many samplers of one model, measured by all actors of a cluster: the trials of ``tuning/sweep_stepsize.py``.
 
 Each actor loads the model and the extractor once. Samplers that differ in their NFE alone, and step without
-looking at how many are to come, share one descent: its points are measured on the way.
+looking at how many are to come, are points of one trajectory: one descent measures them all.
 """
 
 import time
@@ -26,7 +26,7 @@ UNIT = 256
 
 @dataclass(frozen=True)
 class Descent:
-    """A task: some images of samplers that share a way.
+    """A task: some images of samplers that are points of one trajectory.
 
     Attributes:
         trials: the samplers' names.
@@ -48,7 +48,7 @@ class Measured:
 
     Attributes:
         statistics: moments of the features.
-        nfe: evaluations of the field, summed over images.
+        nfe: summed over images.
         diverged: images whose latents are not numbers.
         seconds: what the task took, shared evenly between its samplers.
     """

@@ -190,8 +190,8 @@ def _train(param: dict[str, Any]) -> None:
 
     thread = threading.Thread(target=work, name="training", daemon=True)
     thread.start()
-    reported = packed["origin"][1] if packed["origin"] else 0
-    while thread.is_alive():
+    reported, alive = packed["origin"][1] if packed["origin"] else 0, True
+    while alive:  # once more after the end, which may come while a report waits for the driver
         thread.join(POLL_S)
         # The last step is reported after all is written: a scheduler that hears of it may end this process.
         alive = thread.is_alive()

@@ -153,7 +153,7 @@ class SweepRecord:
         Raises:
             TrackingError: the server does not answer, or no longer knows the parent.
         """
-        self._parent, self._warned = parent, False
+        self.parent, self._warned = parent, False
         self._children: dict[str, tuple[str, int]] = {}
         with _answers(parent.tracking_uri, parent.timeout_s) as client:
             self._experiment_id = client.get_run(parent.run_id).info.experiment_id
@@ -191,7 +191,7 @@ class SweepRecord:
         if step <= known:
             return
         with self._without_raising() as client:
-            tags = {"mlflow.parentRunId": self._parent.run_id, "mlflow.runName": name, "eqm_dist.trial": trial,
+            tags = {"mlflow.parentRunId": self.parent.run_id, "mlflow.runName": name, "eqm_dist.trial": trial,
                     "mlflow.user": getpass.getuser()}  # fmt: skip
             run_id = run_id or client.create_run(self._experiment_id, tags=tags).info.run_id
             self._children[trial] = run_id, known
@@ -205,19 +205,27 @@ class SweepRecord:
             client.set_terminated(run_id, "FINISHED" if failure is None else "FAILED")
             self._children[trial] = run_id, step
 
+    def close_trial(self, run: MlflowRun, status: str) -> None:
+        """Give the run of a training its final status, unless it has it, or is recorded at another place."""
+        if run.tracking_uri != self.parent.tracking_uri:
+            return
+        with self._without_raising() as client:
+            if client.get_run(run.run_id).info.status != status:
+                client.set_terminated(run.run_id, status)
+
     def finish(self, files: Iterable[Path], metrics: Mapping[str, float], status: str) -> None:
         """Leave the parent with its files, the figures of the best trial and a final status."""
         with self._without_raising() as client:
             for file in files:
-                client.log_artifact(self._parent.run_id, str(file))
+                client.log_artifact(self.parent.run_id, str(file))
             for key, value in metrics.items():
-                client.log_metric(self._parent.run_id, key, value)
-            client.set_terminated(self._parent.run_id, status)
+                client.log_metric(self.parent.run_id, key, value)
+            client.set_terminated(self.parent.run_id, status)
 
     @contextmanager
     def _without_raising(self) -> Iterator[Any]:
         try:
-            with _answers(self._parent.tracking_uri, self._parent.timeout_s) as client:
+            with _answers(self.parent.tracking_uri, self.parent.timeout_s) as client:
                 yield client
         except TrackingError as error:
             if not self._warned:

@@ -1,4 +1,4 @@
-"""What a sweep over the samplers of one model is: its trials, its rungs, and how its work is divided."""
+"""What a sweep over the samplers of one model is: its trials, its rungs, and which trials share a descent."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eqm_dist.config import Config
+from eqm_dist.config import Config, TrackConfig
 from eqm_dist.launch.descents import shares_descent
 from eqm_dist.options import Axis, dump, keys_with
 from eqm_dist.pretrained import Pretrained
-from eqm_dist.sweeps.spaces import Overrides, Space
+from eqm_dist.runs import runs_root
+from eqm_dist.sweeps.search import Search
+from eqm_dist.sweeps.spaces import Overrides
 
 PREFIX = "sampler."
 AXES = [key for key in keys_with(Config, Axis) if key.startswith(PREFIX)]
@@ -23,37 +25,29 @@ class Plan:
 
     Attributes:
         model: what draws the images.
-        space: what is searched.
-        search: ``grid``, ``random`` or ``optuna``.
-        trials: points of a random or Optuna search; of a grid all.
+        search: ``grid``, ``random`` or ``optuna``; its seed is that of the images too.
+        track: where the sweep is recorded. The user says it, and never the config of a model that others may have made.
         rungs: numbers of samples, rising; every trial is measured with the first, the best of each with the next.
         reduction: one of so many trials goes on to the next rung, and the Pareto front of FID against NFE.
-        labels, seed: as ``evaluate.labels`` and ``Pretrained.generate`` take them.
+        labels: as ``evaluate.labels`` takes them.
         batch: images that an actor draws at once.
         launcher, actors: ``ray`` with at most so many actors, or ``local``.
-        out: directory of the sweep.
     """
 
     model: Pretrained
-    space: Space
-    search: str
-    trials: int
+    search: Search
+    track: TrackConfig
     rungs: tuple[int, ...]
     reduction: int
     labels: str
-    seed: int
     batch: int
     launcher: str
     actors: int | None
-    out: Path
 
-    def points(self) -> list[Overrides]:
-        """The trials, but for Optuna, which proposes them as it goes: what it might propose."""
-        if self.search == "grid":
-            return self.space.grid()
-        if self.search == "random":
-            return self.space.random(self.trials, self.seed)
-        return list(self.space.extremes())
+    @property
+    def root(self) -> Path:
+        """The directory of the runs, the model among them if it is one."""
+        return self.model.run.parent if self.model.run else runs_root()
 
     def sampler(self, point: Overrides) -> dict[str, Any]:
         """A point as keys of ``sampler`` that turn the model's own sampler into that of the trial."""
@@ -67,8 +61,12 @@ class Plan:
         """
         return self.model.with_sampler(**self.sampler(point))
 
+    def nfe(self, point: Overrides) -> int:
+        """The highest NFE that an image of a trial may take."""
+        return self.model_of(point).config.sampler.nfe
+
     def descents(self, points: Sequence[Overrides]) -> Iterator[list[Overrides]]:
-        """The points in groups that share a descent, by rising NFE."""
+        """The points in groups, each the points of one trajectory, by rising NFE."""
         groups: dict[str, dict[int, Overrides]] = {}
         for point in points:
             sampler = self.model_of(point).config.sampler
@@ -76,6 +74,13 @@ class Plan:
             groups.setdefault(json.dumps(shared), {})[sampler.nfe] = point
         return ([group[nfe] for nfe in sorted(group)] for group in groups.values())
 
-    def nfe(self, point: Overrides) -> int:
-        """The highest NFE that an image of a trial may take."""
-        return self.model_of(point).config.sampler.nfe
+
+def check(plan: Plan) -> None:
+    """Build every trial's sampler, and whatever else can fail before anything is computed.
+
+    Raises:
+        EqmDistError: one sentence for the user.
+    """
+    for point in plan.search.points():
+        plan.model_of(point)
+    plan.model.autoencoder  # noqa: B018 (fails here, in one sentence, and not on every actor)

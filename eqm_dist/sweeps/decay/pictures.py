@@ -1,4 +1,4 @@
-"""Pictures of a sweep: FID against step size and NFE; FID of trainings, their c(gamma), their keys."""
+"""Pictures of a sweep of trainings: FID with error bars, c(gamma), and the keys as parallel coordinates."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -7,112 +7,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from torch import Tensor
 
-from eqm_dist.sweeps.results import Result, pareto_front
+from eqm_dist.build import build_decay
+from eqm_dist.options import required
+from eqm_dist.sweeps.decay.plan import Plan
+from eqm_dist.sweeps.decay.results import Summary
+from eqm_dist.sweeps.pictures import plain_numbers
+from eqm_dist.sweeps.report import short, shown
 
-Point = tuple[float, Result]
-"""A step size, and what it gave."""
 MOST_ROWS = 30
 """Points that a picture names: the best ones."""
 
 
-def fid_against_step_size(series: Mapping[str, Sequence[Point]], bound: float | None) -> Figure:
-    """The best FID of every step size, a line for each sampler.
-
-    A line compares results with one number of samples, the smallest, which all trials have; a large marker is the best
-    of a step size with the most samples, which only the best trials have.
-
-    Args:
-        series: by the name of a sampler, its results with their step sizes.
-        bound: the step size above which plain descent diverges near data, or None.
-    """
-    figure, axes = _figure()
-    counts = sorted({result.samples for points in series.values() for _, result in points})
-    for number, (name, points) in enumerate(series.items()):
-        first, last = (_best_of_each([point for point in points if point[1].samples == count])
-                       for count in (counts[0], counts[-1]))  # fmt: skip
-        axes.plot(list(first), list(first.values()), marker=".", color=f"C{number % 10}", label=name)
-        if len(counts) > 1:
-            axes.scatter(list(last), list(last.values()), s=55, color=f"C{number % 10}", edgecolors="black", zorder=3)
-    if bound is not None:
-        axes.axvline(bound, color="black", linestyle="--")
-        axes.annotate(
-            f"plain descent diverges near data\nabove {bound:.3g}", (bound, 0.97), xytext=(-4, 0), ha="right", va="top",
-            xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8,
-        )  # fmt: skip
-    _explain_samples(axes, counts, "line")
-    axes.set_xscale("log")
-    _plain_numbers(axes.xaxis)
-    axes.set_xlabel("step size eta")
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
-
-
-def fid_against_nfe(series: Mapping[str, Sequence[Result]]) -> Figure:
-    """Every trial by what an image costs, and the Pareto front of those with the most samples.
-
-    Args:
-        series: by the name of a sampler, its results.
-    """
-    figure, axes = _figure()
-    everything = [result for results in series.values() for result in results]
-    counts = sorted({result.samples for result in everything})
-    for number, (name, results) in enumerate(series.items()):
-        colour = f"C{number % 10}"
-        few = [result for result in results if result.samples < counts[-1]]
-        many = [result for result in results if result.samples == counts[-1]]
-        axes.scatter(*_coordinates(few), s=9, alpha=0.5, color=colour)
-        axes.scatter(*_coordinates(many), s=55, edgecolors="black", zorder=3, label=name, color=colour)
-    front = pareto_front(result for result in everything if result.samples == counts[-1])
-    axes.step(*_coordinates(front), where="post", color="black", linewidth=1, label="Pareto front")
-    _explain_samples(axes, counts, "small markers")
-    axes.set_xlabel("evaluations of the field for an image (NFE)")
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
-
-
-def _figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8, 4.5), layout="constrained", dpi=150)
-    axes = figure.subplots()
-    axes.set_yscale("log")
-    _plain_numbers(axes.yaxis)
-    axes.set_ylabel("FID")
-    axes.grid(which="both", alpha=0.25)
-    return figure, axes
-
-
-def _plain_numbers(axis: Axis) -> None:
-    """A logarithmic axis with numbers as one says them: 0.05, not 5 x 10^-2."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _coordinates(results: Sequence[Result]) -> tuple[list[float], list[float]]:
-    return [result.nfe or 0.0 for result in results], [result.fid or 0.0 for result in results]
-
-
-def _explain_samples(axes: Axes, counts: Sequence[int], few: str) -> None:
-    if len(counts) == 1:
-        axes.set_title(f"{counts[0]:,} samples", fontsize=9)
-    else:
-        middle = f"fewer than {counts[-1]:,}" if few != "line" and len(counts) > 2 else f"{counts[0]:,}"
-        axes.set_title(f"{few}: {middle} samples; large markers: {counts[-1]:,} samples", fontsize=9)
-
-
-def _best_of_each(points: Sequence[Point]) -> dict[float, float]:
-    best: dict[float, float] = {}
-    for step_size, result in sorted(points, key=lambda point: point[0]):
-        assert result.fid is not None
-        best[step_size] = min(result.fid, best.get(step_size, result.fid))
-    return best
+def pictures(plan: Plan, order: Sequence[Summary]) -> dict[str, Figure]:
+    """The pictures by their names, of the points that were trained longest; ``order`` has the best first."""
+    longest = [summary for summary in order if summary.step == order[0].step]
+    keys = plan.search.keys
+    found = {"fid.png": fid_with_error_bars([(shown(summary.overrides, keys), summary.fids) for summary in longest])}
+    decays = [(plan.config_of(one.overrides, "best", 0).objective.decay, one.mean) for one in longest]
+    if all(decay is not None for decay, _ in decays):
+        found["c_gamma.png"] = c_gamma_curves([(build_decay(required(decay)), mean) for decay, mean in decays])
+    if len(keys) > 1:
+        values = [({short(key): summary.overrides.get(key) for key in keys}, summary.mean) for summary in longest]
+        found["parallel.png"] = parallel_coordinates(values)
+    return found
 
 
 def fid_with_error_bars(points: Sequence[tuple[str, Sequence[float]]]) -> Figure:
@@ -131,7 +53,7 @@ def fid_with_error_bars(points: Sequence[tuple[str, Sequence[float]]]) -> Figure
     axes.set_yticks(range(len(shown)), [name for name, _ in shown], fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    _plain_numbers(axes.xaxis)
+    plain_numbers(axes.xaxis)
     axes.set_xlabel("FID: mean and standard deviation over seeds; each seed a dot")
     axes.grid(axis="x", which="both", alpha=0.25)
     return figure

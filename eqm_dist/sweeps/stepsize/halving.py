@@ -4,12 +4,10 @@ Images of an earlier rung are not drawn again: image i depends on (weights, samp
 are drawn and their statistics are added to those that lie in OUT/statistics until the sweep is complete.
 """
 
-import logging
 import math
 import shutil
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import takewhile
 from pathlib import Path
@@ -18,13 +16,13 @@ from eqm_dist.evaluate.references import load_statistics, save_statistics
 from eqm_dist.evaluate.statistics import ImageStatistics, compute
 from eqm_dist.launch.actors import open_actors
 from eqm_dist.launch.descents import Descent, Measured, MeasureDescent, units
-from eqm_dist.logs import clock
-from eqm_dist.sweeps.plan import PREFIX, Plan
-from eqm_dist.sweeps.results import Ledger, Result, measured_with, ranked, shown, survivors
+from eqm_dist.sweeps.deadline import Deadline
+from eqm_dist.sweeps.ledger import Ledger
+from eqm_dist.sweeps.live import Live
 from eqm_dist.sweeps.spaces import Overrides, trial_name
-from eqm_dist.sweeps.tpe import TpeSearch
-
-logger = logging.getLogger(__name__)
+from eqm_dist.sweeps.stepsize.plan import Plan
+from eqm_dist.sweeps.stepsize.results import Result, measured_with, ranked, survivors
+from eqm_dist.sweeps.stepsize.tpe import TpeSearch
 
 SHOW_EVERY_S = 5.0
 ASKED_AT_ONCE = 4
@@ -40,21 +38,12 @@ class Halving:
         plan: what is measured.
         ledger: gets every result.
         reference: statistics of the images that are compared with.
-        on_result: called with every new result.
-        hours: no task is begun after so long; None sets no limit.
+        deadline: no task is begun after it.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        ledger: Ledger[Result],
-        reference: ImageStatistics,
-        on_result: Callable[[Result], None],
-        hours: float | None,
-    ) -> None:
-        self._plan, self._ledger, self._reference, self._on_result = plan, ledger, reference, on_result
-        self._deadline = math.inf if hours is None else time.monotonic() + 3600 * hours
-        self._statistics = plan.out / "statistics"
+    def __init__(self, plan: Plan, ledger: Ledger[Result], reference: ImageStatistics, deadline: Deadline) -> None:
+        self._plan, self._ledger, self._reference, self._deadline = plan, ledger, reference, deadline
+        self._statistics = plan.search.out / "statistics"
         self._stack = ExitStack()
         self._run: Run | None = None
 
@@ -65,33 +54,30 @@ class Halving:
             EqmDistError: actors died again and again, or the machine cannot read or write.
         """
         with self._stack:
-            if self._plan.search == "optuna":
+            if self._plan.search.how == "optuna":
                 self._search()
             else:
-                self._measure(self._plan.points(), 0)
+                self._measure(self._plan.search.points(), 0)
             for rung in range(1, len(self._plan.rungs)):
                 known = measured_with(self._ledger.results, self._plan.rungs[rung - 1])
-                if not self._late():
+                if not self._deadline.passed:
                     best = survivors(known.values(), self._plan.reduction)
                     self._measure([result.overrides for result in best], rung)
-        if self._late():
+        if self._deadline.passed:
             return False
         shutil.rmtree(self._statistics, ignore_errors=True)
         return True
 
-    def _late(self) -> bool:
-        return time.monotonic() > self._deadline
-
     def _search(self) -> None:
         """The first rung where Optuna proposes the points, by FID and NFE."""
-        samples, trials = self._plan.rungs[0], self._plan.trials
-        search = TpeSearch(self._plan.space, objectives=2, seed=self._plan.seed)
+        samples, trials = self._plan.rungs[0], self._plan.search.trials
+        search = TpeSearch(self._plan.search.space, objectives=2, seed=self._plan.search.seed)
         known = measured_with(self._ledger.results, samples)
         for result in known.values():
             search.tell(result.overrides, _objectives(result))
         # Where the space has fewer points than trials were asked for, the same ones are proposed again and again.
         asks_left = 10 * trials
-        while len(known) < trials and asks_left > 0 and not self._late():
+        while len(known) < trials and asks_left > 0 and not self._deadline.passed:
             asked = [search.ask() for _ in range(min(ASKED_AT_ONCE, trials - len(known)))]
             asks_left -= len(asked)
             self._measure(asked, 0)
@@ -109,22 +95,22 @@ class Halving:
         tasks = self._tasks(pending, earlier, samples)
         left = Counter(trial for task in tasks for trial in task.trials)
         sums: dict[str, Measured] = {}
-        live = _Live(
-            f"rung {rung + 1} of {len(self._plan.rungs)}, {samples:,} samples", tasks, self._ledger, self._keys
-        )
+        news, done = f"rung {rung + 1} of {len(self._plan.rungs)}, {samples:,} samples", 0
+        live = Live(len(left), sum(map(_cost, tasks)), self._plan.search.keys, self._best, SHOW_EVERY_S)
         for task, outcome in self._run_tasks(tasks):
             for at, trial in enumerate(task.trials):
                 left[trial] -= 1
                 if trial not in pending:  # one of its tasks has failed already
                     continue
                 if isinstance(outcome, str):
-                    self._keep(Result(pending.pop(trial), samples, None, None, 0.0, outcome))
+                    self._ledger.add(Result(pending.pop(trial), samples, None, None, 0.0, outcome))
                     continue
                 sums[trial] = sums[trial] + outcome[at] if trial in sums else outcome[at]
                 if not left[trial]:
-                    self._keep(self._result(pending.pop(trial), samples, sums.pop(trial), earlier.get(trial)))
-            live.show(task, len(left) - sum(1 for trial in left if trial in pending), len(left))
-        if not self._late():
+                    self._ledger.add(self._result(pending.pop(trial), samples, sums.pop(trial), earlier.get(trial)))
+            done += _cost(task)
+            live.show(news, done, self._ends(left.keys() - pending.keys(), samples))
+        if not self._deadline.passed:
             for file in self._statistics.glob("*"):
                 if file.stem not in measured_with(self._ledger.results, samples):
                     file.unlink()
@@ -137,13 +123,13 @@ class Halving:
             work = MeasureDescent(
                 model=self._plan.model,
                 labels=self._plan.labels,
-                seed=self._plan.seed,
+                seed=self._plan.search.seed,
                 extractor=evaluation.extractor,
                 weights=evaluation.extractor_weights,
                 batch=self._plan.batch,
             )
             self._run = self._stack.enter_context(open_actors(work, self._plan.launcher, self._plan.actors))
-        yield from self._run(takewhile(lambda _: not self._late(), tasks))
+        yield from self._run(takewhile(lambda _: not self._deadline.passed, tasks))
 
     def _tasks(
         self, pending: Mapping[str, Overrides], earlier: Mapping[str, tuple[Result, ImageStatistics]], samples: int
@@ -185,44 +171,20 @@ class Halving:
         fid = compute(["fid"], statistics, self._reference)["fid"]
         if not math.isfinite(fid):
             return Result(point, samples, None, None, seconds, f"its FID is {fid}: the features are too large")
-        save_statistics(self._file(trial_name(point)), statistics, str(self._plan.out))
+        save_statistics(self._file(trial_name(point)), statistics, str(self._plan.search.out))
         return Result(point, samples, fid, nfe / samples, seconds)
-
-    def _keep(self, result: Result) -> None:
-        self._ledger.add(result)
-        self._on_result(result)
 
     def _file(self, trial: str) -> Path:
         return self._statistics / f"{trial}.safetensors"
 
-    @property
-    def _keys(self) -> list[str]:
-        return self._plan.space.varying()
-
-
-class _Live:
-    """A line now and then: how far the rung is, the best so far, what failed, how long it will take."""
-
-    def __init__(self, title: str, tasks: Sequence[Descent], ledger: Ledger[Result], keys: Sequence[str]) -> None:
-        self._title, self._ledger, self._keys = title, ledger, keys
-        self._total, self._done = sum(map(_cost, tasks)), 0
-        self._started = self._shown = time.monotonic()
-
-    def show(self, task: Descent, trials: int, of: int) -> None:
-        """A task is done, and so many trials of the rung with it."""
-        self._done += _cost(task)
-        now = time.monotonic()
-        if now - self._shown < SHOW_EVERY_S and trials < of:
-            return
-        self._shown = now
+    def _best(self) -> tuple[float, Overrides] | None:
         order = ranked(self._ledger.results)
-        failed = sum(result.fid is None for result in order)
-        best = "no figure yet"
-        if order and order[0].fid is not None:
-            point = {key.removeprefix(PREFIX): value for key, value in order[0].overrides.items()}
-            best = f"best FID {order[0].fid:.3f}: {shown(point, [key.removeprefix(PREFIX) for key in self._keys])}"
-        left = clock((now - self._started) * (self._total / self._done - 1))
-        logger.info("%s | %d of %d trials | %s | %d failed | %s left", self._title, trials, of, best, failed, left)
+        return (order[0].fid, order[0].overrides) if order and order[0].fid is not None else None
+
+    def _ends(self, trials: Collection[str], samples: int) -> Counter[str]:
+        """How these trials ended."""
+        known = measured_with(self._ledger.results, samples)
+        return Counter("complete" if known[trial].fid is not None else "failed" for trial in trials)
 
 
 def _cost(task: Descent) -> int:

@@ -1,0 +1,1 @@
+"""Many samplers of one trained model: the sweep of ``tuning/sweep_stepsize.py``."""

@@ -1,0 +1,83 @@
+"""What every sweep does, in this order. What a kind of sweep does in its own way, it hands over as a ``Sweep``."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from eqm_dist.sweeps.deadline import Deadline
+from eqm_dist.sweeps.ledger import Ledger
+from eqm_dist.sweeps.record import Record
+from eqm_dist.sweeps.report import title
+from eqm_dist.sweeps.search import Search
+from eqm_dist.track.mlflow import SweepRecord
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a sweep has found.
+
+    Attributes:
+        lines: of the closing report, below its title.
+        files: that were written.
+        best: figures of the best point.
+    """
+
+    lines: Sequence[str] = ()
+    files: Sequence[Path] = ()
+    best: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True)
+class Sweep(Generic[R]):
+    """A kind of sweep.
+
+    Attributes:
+        search: what is searched.
+        settings: what decides the results, besides the search.
+        kind: the dataclass of a result.
+        record: how the sweep is recorded in MLflow.
+        log: brings a result into that record; one that is there already changes nothing.
+        work: tries what the ledger does not have, until the deadline; whether all is done.
+        conclude: makes files and the report of the results.
+    """
+
+    search: Search
+    settings: Mapping[str, Any]
+    kind: Callable[..., R]
+    record: Record
+    log: Callable[[SweepRecord, R], None]
+    work: Callable[[Ledger[R], Deadline, SweepRecord | None], bool]
+    conclude: Callable[[Sequence[R]], Findings]
+
+
+def run_sweep(sweep: Sweep[R], hours: float | None) -> str:
+    """Do all of a sweep, or go on with one that was begun; returns the closing report.
+
+    Args:
+        sweep: what is done.
+        hours: nothing is begun after so long; None sets no limit.
+
+    Raises:
+        EqmDistError: one sentence for the user.
+    """
+    search, deadline = sweep.search, Deadline(hours)
+    ledger = Ledger(search.out, {**sweep.settings, **search.settings}, sweep.kind, search.may_change)
+    record = sweep.record.open(search)
+    status, found = "FAILED", Findings()
+    try:
+        if record is not None:
+            ledger.follow(partial(sweep.log, record))  # also what a killed attempt may not have sent
+        complete = sweep.work(ledger, deadline, record)
+        found = sweep.conclude(ledger.results)
+        status = "FINISHED" if complete else "KILLED"
+        return "\n".join(["", title(search.out, complete), "", *found.lines])
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        if record is not None:
+            record.finish(found.files, found.best, status)
