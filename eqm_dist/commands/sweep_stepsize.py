@@ -1,6 +1,6 @@
 """Find the step size, momentum and NFE that draw the best images from a trained model.
 
-python tuning/sweep_stepsize.py              the newest run in runs/, the space of eqm_dist/sweeps/stepsize/space.yaml
+python tuning/sweep_stepsize.py              the newest run in runs/, the default space
 python tuning/sweep_stepsize.py --dry-run    the plan and what it will cost
 python tuning/sweep_stepsize.py --model runs/mine --space mine.yaml --search optuna --trials 100 --hours 1
 
