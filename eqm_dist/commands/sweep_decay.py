@@ -34,37 +34,48 @@ def make_parser() -> argparse.ArgumentParser:
         "--space",
         default=str(SPACE),
         metavar="FILE",
-        help="search space, YAML or Python (default: eqm_dist/sweeps/decay/space.yaml)",
+        help="file of the search space, YAML or Python (default: eqm_dist/sweeps/decay/space.yaml)",
     )
-    parser.add_argument("--search", choices=["grid", "random", "pbt"], default="grid", help="(default: %(default)s)")
+    parser.add_argument(
+        "--search",
+        choices=["grid", "random", "pbt"],
+        default="grid",
+        help="how points of the space are chosen (default: %(default)s)",
+    )
     parser.add_argument(
         "--trials",
         type=cli.count,
         metavar="N",
-        help=f"points of a random search, or members of pbt (default: {TRIALS})",
+        help=f"number of points of a random search, or of members of pbt (default: {TRIALS})",
     )
     parser.add_argument(
-        "--seeds", type=cli.count, metavar="N", help=f"runs of each point (default: {SEEDS}; pbt has 1)"
+        "--seeds", type=cli.count, metavar="N", help=f"number of runs of each point (default: {SEEDS}; pbt has 1)"
     )
     parser.add_argument(
         "--reduction", type=cli.count, metavar="N",
-        help="stop trials early by their FID: one of so many goes on at each rung (default: all go on);"
-        f" pbt: one of so many members is replaced (default: {REPLACED})",
+        help="at each rung the best 1/N of the trials by FID go on, and the others stop (default: all go on);"
+        f" pbt: the worst 1/N of the members are replaced (default: {REPLACED})",
     )  # fmt: skip
     parser.add_argument(
         "--grace", type=cli.count, metavar="STEPS",
-        help="steps before a trial may be stopped, or of a generation of pbt (default: evaluation.every)",
+        help="number of steps before a trial may stop, or of a generation of pbt (default: evaluation.every)",
     )  # fmt: skip
-    parser.add_argument("--hours", type=cli.hours, metavar="H", help="no longer than that (default: no limit)")
-    parser.add_argument("--cpus-per-trial", type=cli.count, default=1, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--hours", type=cli.hours, metavar="H", help="the sweep ends after H hours (default: no limit)")
+    parser.add_argument(
+        "--cpus-per-trial",
+        type=cli.count,
+        default=1,
+        metavar="N",
+        help="CPUs that a trial reserves (default: %(default)s)",
+    )
     parser.add_argument(
         "--gpus-per-trial",
         type=cli.non_negative,
         metavar="N",
-        help="may be a fraction (default: 1 where there are GPUs)",
+        help="GPUs that a trial reserves, also a fraction of one (default: 1 where there are GPUs)",
     )
-    parser.add_argument("--out", metavar="DIR", help="where the results go (default: sweeps/decay)")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, train nothing")
+    parser.add_argument("--out", metavar="DIR", help="directory for the results (default: sweeps/decay)")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, and train nothing")
     return parser
 
 

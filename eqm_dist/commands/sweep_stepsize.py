@@ -29,40 +29,51 @@ def make_parser() -> argparse.ArgumentParser:
         "--space",
         default=str(SPACE),
         metavar="FILE",
-        help="search space, YAML or Python (default: eqm_dist/sweeps/stepsize/space.yaml)",
+        help="file of the search space, YAML or Python (default: eqm_dist/sweeps/stepsize/space.yaml)",
     )
-    parser.add_argument("--search", choices=["grid", "random", "optuna"], default="grid", help="(default: %(default)s)")
     parser.add_argument(
-        "--trials", type=cli.count, metavar="N", help=f"points of a random or Optuna search (default: {TRIALS})"
+        "--search",
+        choices=["grid", "random", "optuna"],
+        default="grid",
+        help="how points of the space are chosen (default: %(default)s)",
     )
-    parser.add_argument("--hours", type=cli.hours, metavar="H", help="begin nothing after so long (default: no limit)")
+    parser.add_argument(
+        "--trials",
+        type=cli.count,
+        metavar="N",
+        help=f"number of points of a random or Optuna search (default: {TRIALS})",
+    )
+    parser.add_argument("--hours", type=cli.hours, metavar="H", help="no task begins after H hours (default: no limit)")
     parser.add_argument(
         "--rungs", type=_counts, default=[500, 2000], metavar="N,N",
-        help="samples of the first rungs (default: 500,2000)",
+        help="numbers of samples of the first rungs (default: 500,2000)",
     )  # fmt: skip
     parser.add_argument(
         "--samples", type=cli.count, metavar="N",
-        help=f"samples of the last rung (default: as many as the reference has, at most {MOST_SAMPLES:,})",
+        help=f"number of samples of the last rung (default: as many as the reference has, at most {MOST_SAMPLES:,})",
     )  # fmt: skip
     parser.add_argument(
         "--reduction", type=cli.count, default=8, metavar="N",
-        help="one of so many trials goes on to the next rung, and the Pareto front (default: %(default)s)",
+        help="the best 1/N of the trials, and the Pareto front, go on to the next rung (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--out", metavar="DIR", help="where the results go (default: sweeps/stepsize-NAME-stepN)")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and what it will cost, measure nothing")
+    parser.add_argument("--out", metavar="DIR", help="directory for the results (default: sweeps/stepsize-NAME-stepN)")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, and measure nothing")
     cli.add_model_flags(parser, "evaluation.extractor", "track.")
     parser.add_argument(
         "--reference", metavar="PATH", help="what images are compared with (default: the model's training data)"
     )
     parser.add_argument(
         "--cache", default="~/.cache/eqm-dist/statistics", metavar="DIR",
-        help="where statistics of references are kept (default: %(default)s)",
+        help="directory that keeps the statistics of references (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--labels", default="balanced", metavar="RULE", help="as pipelines/sample.py takes them")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of images and search (default: %(default)s)")
-    parser.add_argument("--batch", type=cli.count, default=256, metavar="N", help="at once (default: %(default)s)")
-    parser.add_argument("--launcher", choices=["ray", "local"], default="ray", help="(default: %(default)s)")
-    parser.add_argument("--actors", type=cli.count, metavar="N", help="at most so many (default: one per GPU or core)")
+    parser.add_argument(
+        "--labels",
+        default="balanced",
+        metavar="RULE",
+        help="classes of the images: balanced, random, or in turn like 3,1,4 (default: %(default)s)",
+    )
+    cli.add_work_flags(parser, batch=256, seeds="images and search")
+    cli.add_actor_flags(parser)
     return parser
 
 

@@ -16,7 +16,9 @@ from eqm_dist import cli
 def make_parser() -> argparse.ArgumentParser:
     """The flags of this command."""
     parser = cli.parser(__doc__)
-    parser.add_argument("--dry-run", action="store_true", help="print the config and what it amounts to, run nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the config and the numbers that follow from it, and run nothing"
+    )
     return parser
 
 
