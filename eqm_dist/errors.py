@@ -46,5 +46,9 @@ class TrackingError(EqmDistError):
     """The tracking server does not answer."""
 
 
+class BusyError(EqmDistError):
+    """Another process works on the same thing; it will not be disturbed."""
+
+
 class LaunchError(EqmDistError):
     """The cluster could not start or finish the run."""

@@ -6,6 +6,7 @@ Workers start from the ``OpenRun`` that comes out; nothing here is done twice.
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +39,7 @@ from eqm_dist.run_directory import CONFIG_FILE, METRICS_FILE, MLFLOW_FILE, manif
 from eqm_dist.runs import runs_root
 from eqm_dist.storage.files import atomic_write, storage_errors
 from eqm_dist.storage.folder import Folder, LocalFolder
+from eqm_dist.storage.lease import hold
 from eqm_dist.storage.location import is_remote, local_path
 from eqm_dist.storage.open import open_folder
 from eqm_dist.track.mlflow import MlflowRun, default_uri
@@ -46,6 +48,17 @@ from eqm_dist.train.checkpoint import step_of
 from eqm_dist.train.mirror import Mirror
 
 logger = logging.getLogger(__name__)
+
+
+def hold_run(config: Config) -> AbstractContextManager[None]:
+    """Keep other processes from the run of that name for as long as this one works on it.
+
+    Raises:
+        BusyError: another process holds it.
+        StorageError: the run directory cannot be written.
+    """
+    directory = runs_root(config.run.root) / config.run.name
+    return hold(directory, f"The run {config.run.name}", "choose another --run.name")
 
 
 def open_run(config: Config) -> OpenRun:

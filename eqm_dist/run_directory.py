@@ -15,6 +15,8 @@ RUNS/NAME/logs/                  a file for each worker
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from eqm_dist.storage.lease import LEASE_FILE
+
 CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"
 METRICS_FILE = "metrics.jsonl"
@@ -31,7 +33,14 @@ RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 REPORTS = (CONFIG_FILE, "manifest*.json", METRICS_FILE, ATTEMPTS_FILE, RESULT_FILE, f"{SAMPLES}/*.png",
            f"{EVALUATIONS}/step_*.json")  # fmt: skip
 """What a mirror copies, besides the checkpoints and ``MLFLOW_FILE``, of which it decides by itself."""
-OF_ONE_MACHINE = (MLFLOW_FILE, RAY_SNAPSHOT, f"{LOGS}/*", f"{EVALUATIONS}/*.safetensors", f"{CHECKPOINTS}/*")
+OF_ONE_MACHINE = (
+    MLFLOW_FILE,
+    LEASE_FILE,
+    RAY_SNAPSHOT,
+    f"{LOGS}/*",
+    f"{EVALUATIONS}/*.safetensors",
+    f"{CHECKPOINTS}/*",
+)
 """What it does not copy as a report. A new file of a run belongs into one of the two."""
 
 

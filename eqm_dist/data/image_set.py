@@ -29,6 +29,7 @@ from webdataset.writer import TarWriter
 from eqm_dist.data.npy import read_array, read_header
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.storage.files import atomic_write, storage_errors
+from eqm_dist.storage.lease import LEASE_FILE
 
 Format = Literal["png", "tar", "npz"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -206,7 +207,7 @@ def open_image_set(directory: Path, settings: Mapping[str, Any], format: Format,
         directory.mkdir(parents=True, exist_ok=True)
         if path.exists():
             unit = _resume(path, wanted)
-        elif any(directory.iterdir()):
+        elif any(there.name != LEASE_FILE for there in directory.iterdir()):
             raise ConfigError(
                 f"--out must be a new or an empty directory, and {directory} holds files; choose another."
             )

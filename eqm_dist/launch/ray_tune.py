@@ -27,7 +27,7 @@ from eqm_dist.launch import local, ray_train
 from eqm_dist.launch.fork import fork_run
 from eqm_dist.launch.ray_cluster import cluster
 from eqm_dist.logs import log_file
-from eqm_dist.open_run import open_run
+from eqm_dist.open_run import hold_run, open_run
 from eqm_dist.options import dump, parse
 from eqm_dist.run_directory import METRICS_FILE
 from eqm_dist.track.jsonl import read_metrics
@@ -181,10 +181,11 @@ def _train(param: dict[str, Any]) -> None:
             if packed["origin"]:
                 source, step = packed["origin"]
                 fork_run(Path(source), step, Trial(config).directory)
-            opened = open_run(config)
-            if packed["parent"] and opened.mlflow:
-                nest(opened.mlflow, packed["parent"])
-            (ray_train if config.launch.launcher == "ray" else local).train(opened)
+            with hold_run(config):
+                opened = open_run(config)
+                if packed["parent"] and opened.mlflow:
+                    nest(opened.mlflow, packed["parent"])
+                (ray_train if config.launch.launcher == "ray" else local).train(opened)
         except BaseException as error:
             failure.append(error)
 

@@ -19,6 +19,7 @@ from eqm_dist.options import dump
 from eqm_dist.pretrained import Pretrained
 from eqm_dist.provenance import provenance
 from eqm_dist.storage.files import storage_errors
+from eqm_dist.storage.lease import hold
 from eqm_dist.text import labelled
 
 LEAST_UNIT, MOST_UNIT, UNITS = 32, 1024, 128
@@ -65,16 +66,17 @@ def draw(
         "seed": seed,
     }
     unit = max(LEAST_UNIT, min(MOST_UNIT, math.ceil(samples / UNITS)))
-    images = open_image_set(out, settings, format, samples, unit)
-    if not images.complete():
-        missing = images.missing()
-        started, drawn = time.monotonic(), sum(unit.stop - unit.start for unit in missing)
-        progress = Progress("drew", samples, done=samples - drawn)
-        for unit, _ in run_units(DrawUnit(model, images, labels, seed, batch), missing, launcher, actors):
-            progress.add(unit.stop - unit.start)
-        seconds = time.monotonic() - started
-        images.finish({**settings, "samples": samples, "images_per_s": drawn / seconds, **provenance()})
-    return _report(model, images, out)
+    with hold(out, f"The set of images in {out}", "give another --out"):
+        images = open_image_set(out, settings, format, samples, unit)
+        if not images.complete():
+            missing = images.missing()
+            started, drawn = time.monotonic(), sum(unit.stop - unit.start for unit in missing)
+            progress = Progress("drew", samples, done=samples - drawn)
+            for unit, _ in run_units(DrawUnit(model, images, labels, seed, batch), missing, launcher, actors):
+                progress.add(unit.stop - unit.start)
+            seconds = time.monotonic() - started
+            images.finish({**settings, "samples": samples, "images_per_s": drawn / seconds, **provenance()})
+        return _report(model, images, out)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from eqm_dist.config import Config
 from eqm_dist.derived import derive, step_size_warning
 from eqm_dist.launch import local
 from eqm_dist.logs import setup_logging
-from eqm_dist.open_run import open_run
+from eqm_dist.open_run import hold_run, open_run
 from eqm_dist.options import to_yaml
 from eqm_dist.run_directory import CHECKPOINTS, METRICS_FILE, pictures
 from eqm_dist.text import counted, labelled
@@ -48,6 +48,11 @@ def train(config: Config) -> str:
         EqmDistError: one sentence for the user.
     """
     setup_logging()
+    with hold_run(config):
+        return _train(config)
+
+
+def _train(config: Config) -> str:
     opened = open_run(config)
     if warning := step_size_warning(opened.config):
         print(f"warning: {warning}")

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from eqm_dist.storage.lease import hold
 from eqm_dist.sweeps.deadline import Deadline
 from eqm_dist.sweeps.ledger import Ledger
 from eqm_dist.sweeps.record import Record
@@ -62,9 +63,15 @@ def run_sweep(sweep: Sweep[R], hours: float | None) -> str:
         hours: nothing is begun after so long; None sets no limit.
 
     Raises:
+        BusyError: another process does the same sweep.
         EqmDistError: one sentence for the user.
     """
-    search, deadline = sweep.search, Deadline(hours)
+    with hold(sweep.search.out, f"The sweep in {sweep.search.out}", "give another --out"):
+        return _run(sweep, Deadline(hours))
+
+
+def _run(sweep: Sweep[R], deadline: Deadline) -> str:
+    search = sweep.search
     ledger = Ledger(search.out, {**sweep.settings, **search.settings}, sweep.kind, search.may_change)
     record = sweep.record.open(search)
     status, found = "FAILED", Findings()
