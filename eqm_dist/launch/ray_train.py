@@ -4,13 +4,19 @@ Ray's run directory is ours. Checkpoints are written there in place and only rep
 """
 
 import logging
+import math
 import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import ray
 import ray.train
 from ray.exceptions import RayActorError
 from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
@@ -19,6 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from eqm_dist.build import OpenRun, build_run, plan_batch
 from eqm_dist.errors import EqmDistError
 from eqm_dist.launch.asynchronous_evaluation import asynchronous_evaluation, finish_evaluations
+from eqm_dist.launch.interrupt import Interrupt
 from eqm_dist.launch.packed import pack, unpack
 from eqm_dist.launch.preemption import Preemption
 from eqm_dist.launch.ray_cluster import Offer, offer
@@ -35,6 +42,9 @@ logger = logging.getLogger(__name__)
 
 _COLLECTIVE_TIMEOUT_S = 1800
 _START_TIMEOUT_S = 10
+_POLL_S = 0.2
+_STOP_S = 120
+"""Seconds within which workers that are asked to end must have saved."""
 
 
 def train(opened: OpenRun) -> None:
@@ -43,20 +53,75 @@ def train(opened: OpenRun) -> None:
     Raises:
         EqmDistError: what a worker raised, as it raised it.
         LaunchError: the cluster has no room, or the run failed again and again.
+        KeyboardInterrupt: the user has ended the run, which is saved.
     """
     launch = opened.config.launch
     offered = offer(required(launch.workers), required(launch.cpus_per_worker), opened.config.evaluation.cpus or 0)
     for workers in offered.sizes:
         plan_batch(opened.config, workers)
     setbacks = Setbacks(opened.checkpoints, required(launch.max_failures))
-    with FileFollower(log_file(opened.directory, 0)):
-        while (failure := _fit(opened, offered, setbacks)) is not None:
+    stop = _Stop.remote()
+    with Interrupt() as interrupt, FileFollower(log_file(opened.directory, 0)):
+        while (failure := _interruptibly(partial(_fit, opened, offered, setbacks, stop), interrupt, stop)) is not None:
             logger.warning(setbacks.another(failure))
+    if interrupt.asked:
+        raise KeyboardInterrupt
     if opened.config.evaluation.asynchronous:
         finish_evaluations(opened)
 
 
-def _fit(opened: OpenRun, offered: Offer, setbacks: Setbacks) -> str | None:
+@ray.remote(num_cpus=0)
+class _Stop:
+    """Whether the workers are to save and to end, for all of them to ask."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def ask(self) -> None:
+        self._asked = True
+
+    def asked(self) -> bool:
+        return self._asked
+
+
+class _AskedToStop:
+    """Asked by every rank alike after each report whether the user wants the run to end. A collective."""
+
+    def __init__(self, stop: Any) -> None:
+        self._stop = stop
+
+    def __call__(self, reported: bool) -> bool:
+        return reported and from_rank_zero(rank() == 0 and ray.get(self._stop.asked.remote()))
+
+
+def _interruptibly(work: Callable[[], str | None], interrupt: Interrupt, stop: Any) -> str | None:
+    """Do the work, and pass an interrupt on to the workers.
+
+    Ray's own handler of interrupts, which it sets in the main thread alone, would kill the workers where they are.
+
+    Raises:
+        KeyboardInterrupt: there was a second one, or the workers did not end in time.
+    """
+    outcome: Future[str | None] = Future()
+
+    def do() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=do, name="ray-train", daemon=True).start()  # which nobody waits for if it hangs
+    ends = math.inf
+    while not wait([outcome], timeout=_POLL_S).done:
+        if interrupt.asked and ends == math.inf:
+            stop.ask.remote()
+            ends = time.monotonic() + _STOP_S
+        if time.monotonic() > ends:
+            raise KeyboardInterrupt
+    return outcome.result()
+
+
+def _fit(opened: OpenRun, offered: Offer, setbacks: Setbacks, stop: Any) -> str | None:
     """Train with one controller of Ray's; what became of it if it failed, which the workers' failures do not make it.
 
     Ray 2.60 gives up where a worker dies while the workers are being started.
@@ -67,7 +132,7 @@ def _fit(opened: OpenRun, offered: Offer, setbacks: Setbacks) -> str | None:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
     trainer = TorchTrainer(
         _worker,
-        train_loop_config=pack(opened),
+        train_loop_config={**pack(opened), "stop": stop},
         torch_config=TorchConfig(backend="nccl" if offered.use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=offered.workers,
@@ -102,7 +167,8 @@ def _worker(packed: dict[str, Any]) -> None:
     setup_logging(log_file(opened.directory, rank()), console=False)
     deadline_s = opened.config.launch.hang_deadline_s
     with Watchdog(rank(), deadline_s, log_file(opened.directory, 0)) if deadline_s else nullcontext() as watchdog:
-        run = replace(build_run(opened, get_device(), partial(_report, opened)), must_save=Preemption())
+        run = build_run(opened, get_device(), partial(_report, opened))
+        run = replace(run, must_save=Preemption(), must_stop=_AskedToStop(packed["stop"]))
         if watchdog is not None:
             run = replace(run, beat=watchdog.beat)
         for step in from_rank_zero(_unreported(opened, run)):

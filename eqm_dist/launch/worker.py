@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_to_end(opened: OpenRun, run: Run) -> None:
-    """Train to the last step; rank 0 then writes ``result.json``. A collective."""
+    """Train to the last step; rank 0 then writes ``result.json``, unless the run had to stop before. A collective."""
     if rank() == 0:
         device = torch.cuda.get_device_name(run.engine.device) if run.engine.device.type == "cuda" else "CPU"
         where = f"{world_size()} worker{'s' * (world_size() > 1)} on {device}"
@@ -33,7 +33,9 @@ def run_to_end(opened: OpenRun, run: Run) -> None:
             run.tracker.finish()
         if run.mirror is not None:  # however the run ends, what it has saved arrives
             run.mirror.wait()
-    if rank() == 0:
+    if rank() == 0 and run.state.step < run.steps:
+        logger.info("run %s stopped at step %s, which is saved", opened.config.run.name, f"{run.state.step:,}")
+    elif rank() == 0:
         write_result(
             opened.directory,
             {

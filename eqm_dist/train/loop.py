@@ -91,6 +91,7 @@ class Run:
         mirror: where checkpoints are copied in the background; None without one, and except on rank 0.
         beat: told of every step, and of what this rank does until the next: who looks after it knows that it lives.
         must_save: asked after each report, on every rank, whether to save now: a machine is about to be taken away.
+        must_stop: asked after each step, on every rank and with whether it was reported, whether to save and end here.
     """
 
     engine: Engine
@@ -114,6 +115,7 @@ class Run:
     mirror: Mirror | None = None
     beat: Callable[[int, Doing], None] = lambda step, doing: None
     must_save: Callable[[], bool] = lambda: False
+    must_stop: Callable[[bool], bool] = lambda reported: False
     state: TrainState = field(default_factory=TrainState)
 
     def due(self, every: int) -> bool:
@@ -126,7 +128,7 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Run from ``run.state`` to the last step.
+    """Run from ``run.state`` to the last step, or to where it must stop.
 
     Raises:
         NonFiniteLossError: losses or gradients were NaN, infinite or too large, and nothing helped.
@@ -135,12 +137,12 @@ def train(run: Run) -> None:
     """
     meters = Meters(run.engine.device)
     with run.saver:  # however the run ends, what is being saved becomes whole
-        while run.state.step < run.steps:
-            _advance(run, meters)
+        while run.state.step < run.steps and _advance(run, meters):
+            pass
 
 
-def _advance(run: Run, meters: Meters) -> None:
-    """Run to the last step, or until the guard has gone back."""
+def _advance(run: Run, meters: Meters) -> bool:
+    """Run to the last step, or until the guard has gone back; False where the run must stop before."""
     waited_from = time.perf_counter()
     for batch in run.loader.batches(run.state.batch, run.steps + run.state.passed_over):
         data_wait_s = time.perf_counter() - waited_from
@@ -156,7 +158,7 @@ def _advance(run: Run, meters: Meters) -> None:
             meters.restart()
             if run.grad_norms is not None:
                 run.grad_norms.restart()
-            return
+            return True
 
         saves, evaluates = run.due(run.save_every), run.evaluate is not None and run.evaluations.due(run.state.step)
         run.beat(run.state.step, "evaluating" if evaluates else "saving" if saves else "training")
@@ -166,14 +168,18 @@ def _advance(run: Run, meters: Meters) -> None:
         # An evaluation comes before the save of its step: whoever resumes there has its figures already.
         if evaluates:
             _evaluate(run)
-        hurries = reports and run.must_save()
+        stops = run.must_stop(reports) and run.state.step < run.steps
+        hurries = stops or (reports and run.must_save())
         if saves or hurries:
             run.saver.begin(run.state)
         if hurries:
             run.saver.settle()
+        if stops:
+            return False
         if saves or evaluates or hurries:
             meters.restart_clock()
         waited_from = time.perf_counter()
+    return True
 
 
 def _update(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
