@@ -53,7 +53,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _name_is_free(self) -> Self:
-        if self.name in ("data", "mlflow-artifacts", "mlflow.db"):
+        if self.name in ("data", "mlflow-artifacts", "mlflow.db", "mlflow.db.lock"):
             raise ValueError(f"name {self.name} is taken by what all runs share; choose another")
         return self
 

@@ -46,6 +46,10 @@ class TrackingError(EqmDistError):
     """The tracking server does not answer."""
 
 
+class ForgottenError(TrackingError):
+    """The tracking server answers, but what it is asked for was deleted there: asking again will not help."""
+
+
 class BusyError(EqmDistError):
     """Another process works on the same thing; it will not be disturbed."""
 

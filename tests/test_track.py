@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -291,14 +292,89 @@ def test_a_store_that_cannot_be_opened_is_named(content: bytes | None, reason: s
     assert "\n" not in str(raised.value)
 
 
-# --- an MLflow server ---
-
-
 def new_run(directory: Path, uri: str, timeout_s: float) -> MlflowRun:
+    directory.mkdir(exist_ok=True)
     return open_run(
         directory, name="run", tracking_uri=uri, experiment="test", params={"a": 1}, config_yaml="a: 1\n",
         timeout_s=timeout_s,
     )  # fmt: skip
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    """A store in a file, with the run of ``tmp_path / "old"``."""
+    uri = default_uri(tmp_path)
+    new_run(tmp_path / "old", uri, timeout_s=30)
+    return uri
+
+
+def test_a_run_deleted_in_mlflow_says_how_to_go_on(store: str, tmp_path: Path) -> None:
+    (run,) = MlflowClient(store).search_runs(["1"])
+    MlflowClient(store).delete_run(run.info.run_id)
+    record = tmp_path / "old" / MLFLOW_FILE
+    with pytest.raises(TrackingError) as raised:
+        new_run(tmp_path / "old", store, timeout_s=30)
+    assert str(raised.value) == (
+        f"{store} answers, but the run {run.info.run_id} was deleted there; restore it there, or delete {record} to"
+        " record run anew."
+    )
+    record.unlink()
+    assert new_run(tmp_path / "old", store, timeout_s=30).run_id != run.info.run_id
+
+
+def test_a_run_of_another_store_says_how_to_go_on(store: str, tmp_path: Path) -> None:
+    record = tmp_path / "old" / MLFLOW_FILE
+    record.write_text(json.dumps({**json.loads(record.read_bytes()), "run_id": "f" * 32}), encoding="utf-8")
+    with pytest.raises(TrackingError, match=f"answers, but does not know the run {'f' * 32}; name the right store, or"):
+        new_run(tmp_path / "old", store, timeout_s=30)
+
+
+def test_an_experiment_deleted_in_mlflow_says_how_to_go_on(store: str, tmp_path: Path) -> None:
+    MlflowClient(store).delete_experiment("1")
+    with pytest.raises(TrackingError) as raised:
+        new_run(tmp_path / "new", store, timeout_s=30)
+    assert str(raised.value) == (
+        f"{store} answers, but the experiment test was deleted there; restore it there, or choose another"
+        " --track.experiment."
+    )
+
+
+def test_a_store_of_another_release_says_how_to_go_on(store: str, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "mlflow.db") as tables:
+        tables.execute("UPDATE alembic_version SET version_num = '181f10493468'")  # of MLflow 1.0
+    tables.close()
+    script = f"from tests.test_track import *; new_run(Path({str(tmp_path / 'new')!r}), {store!r}, 30)"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ended.stderr.splitlines()[-1] == (
+        f"eqm_dist.errors.TrackingError: The MLflow store {store} must be of this release of MLflow, and is of another;"
+        f" copy it and run `mlflow db upgrade {store}`, or name another --track.mlflow_uri."
+    )
+
+
+def test_a_run_that_is_deleted_while_it_trains_goes_on(
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = new_run(tmp_path / "old", store, timeout_s=30)
+    MlflowClient(store).delete_run(run.run_id)
+    tracker = MlflowTracker(run)
+    tracker.log(1, {"train/loss": 1.5})
+    tracker.finish()
+    (line,) = [record.getMessage() for record in caplog.records if "deleted" in record.getMessage()]
+    assert line.endswith("The run goes on without it; metrics.jsonl has everything.")
+
+
+def test_processes_that_open_a_new_store_at_once_all_have_it(tmp_path: Path) -> None:
+    """Two that make the tables of one store collide."""
+    script = (
+        "import sys; from tests.test_track import *; new_run(Path(sys.argv[1]), default_uri(Path(sys.argv[2])), 60)"
+    )
+    commands = [[sys.executable, "-c", script, str(tmp_path / name), str(tmp_path)] for name in "abc"]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    assert [(process.communicate()[1], process.returncode) for process in processes] == [("", 0)] * 3
+    assert len(client(tmp_path).search_runs(["1"])) == 3
+
+
+# --- an MLflow server ---
 
 
 def free_port() -> int:
@@ -364,7 +440,10 @@ def test_a_server_that_does_not_answer_ends_the_command_before_anything_starts(
     assert ended.code == 0
 
 
-def test_nothing_is_lost_when_the_server_dies_and_comes_back(shards: Path, tmp_path: Path) -> None:
+def test_nothing_is_lost_when_the_server_dies_and_comes_back(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
     picture = tmp_path / "samples_step00000003.png"
@@ -397,6 +476,8 @@ def test_nothing_is_lost_when_the_server_dies_and_comes_back(shards: Path, tmp_p
         tracker.finish()
         close_run(run, "FINISHED")
         assert points(run.run_id) == [(1, 1.5), (2, 2.5), (3, 3.5), (4, 4.5)]
+        assert len([line for line in caplog.messages if "what is missed is sent later" in line]) == 1
+        assert caplog.messages.count("MLflow answers again, and has what it missed") == 1
         assert store.get_run(run.run_id).info.status == "FINISHED"
         assert new_run(tmp_path, uri, timeout_s=5) == run  # the same run
         names = [Path(file.path).name for file in MlflowClient(uri).list_artifacts(run.run_id, "images")]

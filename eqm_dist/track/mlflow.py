@@ -4,6 +4,7 @@ Only this file imports mlflow. The driver opens the run and keeps its id in the 
 through a client. Ray's own helpers open a new run at each restart, so they are not used (docs/decisions).
 """
 
+import fcntl
 import getpass
 import json
 import logging
@@ -18,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from eqm_dist.errors import ConfigError, TrackingError
+from eqm_dist.errors import ConfigError, ForgottenError, TrackingError
 from eqm_dist.run_directory import CONFIG_FILE, MLFLOW_FILE
 from eqm_dist.storage.files import atomic_write
 
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 _STEP_TAG = "eqm_dist.step"
 _PARAM_LIMIT = 500  # characters; the server's limit has changed between versions
+_OPENED: set[str] = set()
+"""Stores in files that this process has opened: their tables are there."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ def open_run(
         known = json.loads(record.read_bytes()) if record.exists() else {}
         if known.get("tracking_uri") == tracking_uri:
             run = MlflowRun(**{**known, "timeout_s": timeout_s})
-            client.update_run(run.run_id, status="RUNNING")
+            with _forgotten(f"run {run.run_id}", f"delete {record} to record {name} anew"):
+                client.update_run(run.run_id, status="RUNNING")
         else:
             experiment_id = _experiment_id(client, experiment, artifacts or run_directory.parent, tracking_uri)
             tags = {
@@ -82,7 +86,8 @@ def open_run(
                 "mlflow.source.name": Path(sys.argv[0]).name,
                 "eqm_dist.run_directory": str(run_directory),
             }
-            created = client.create_run(experiment_id, tags=tags)
+            with _forgotten(f"experiment {experiment}", "choose another --track.experiment"):
+                created = client.create_run(experiment_id, tags=tags)
             run = MlflowRun(tracking_uri, created.info.run_id, timeout_s)
             atomic_write(record, json.dumps(asdict(run)).encode())
             client.log_text(run.run_id, config_yaml, CONFIG_FILE)
@@ -236,8 +241,8 @@ class SweepRecord:
 class MlflowTracker:
     """Logs metrics and pictures in the background; training never waits for the server.
 
-    While the server is away, what it missed is kept and sent again. A step that an earlier attempt has sent already
-    is not sent twice.
+    While the server is away, what it missed is kept and sent again; the log says when it goes and when it is back. A
+    step that an earlier attempt has sent already is not sent twice. Where the run was deleted, nothing more is sent.
     """
 
     def __init__(self, run: MlflowRun, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -275,18 +280,26 @@ class MlflowTracker:
 
     def _send(self) -> None:
         monitor = self._start_system_metrics()
-        warned = False
+        away = False
         while (job := self._jobs.get()) is not None:
             while True:
                 try:
                     with _answers(self._run.tracking_uri, self._run.timeout_s) as client:
                         job(client)
-                    break
+                except ForgottenError as error:
+                    logger.warning("warning: %s The run goes on without it; metrics.jsonl has everything.", error)
+                    monitor.finish()
+                    return
                 except TrackingError as error:
-                    if not warned:
+                    if not away:
                         logger.warning("warning: %s Training goes on; what is missed is sent later.", error)
-                    warned = True
+                    away = True
                     time.sleep(2)
+                    continue
+                if away:
+                    logger.info("MLflow answers again, and has what it missed")
+                away = False
+                break
         monitor.finish()
 
     def _start_system_metrics(self) -> Any:
@@ -330,19 +343,77 @@ def _answers(tracking_uri: str, timeout_s: float) -> Iterator[Any]:
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(max(1, round(timeout_s)))
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"  # each would wait as long again
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it narrates the making of its tables
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # It narrates the making of its tables and prints whole statements of SQL; what fails is raised, and said once here.
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)
+    logging.getLogger("alembic").setLevel(logging.CRITICAL)
     try:
-        yield MlflowClient(tracking_uri)
+        with _alone(tracking_uri, timeout_s):
+            client = MlflowClient(tracking_uri)
+        yield client
+    except ForgottenError as error:
+        raise ForgottenError(f"{tracking_uri} {error}") from error
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+        if _deleted(error) or getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
+            raise ForgottenError(f"{tracking_uri} answers, but what is recorded there was deleted: {error}.") from error
+        if "database schema" in str(error):
+            raise TrackingError(
+                f"The MLflow store {tracking_uri} must be of this release of MLflow, and is of another; copy it and run"
+                f" `mlflow db upgrade {tracking_uri}`, or name another --track.mlflow_uri."
+            ) from error
         raise TrackingError(
             f"The MLflow store {tracking_uri} must answer, but it did not ({_root_cause(error)}); "
             "start the server, correct --track.mlflow_uri, or use --track.mlflow false."
         ) from error
+
+
+@contextmanager
+def _forgotten(what: str, remedy: str) -> Iterator[None]:
+    """Say of something that was deleted in MLflow how to go on."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if _deleted(error):
+            raise ForgottenError(
+                f"answers, but the {what} was deleted there; restore it there, or {remedy}."
+            ) from error
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            raise ForgottenError(
+                f"answers, but does not know the {what}; name the right store, or {remedy}."
+            ) from error
+        raise
+
+
+def _deleted(error: Exception) -> bool:
+    """MLflow has no code of its own for what lies in its trash."""
+    return "must be in the 'active' state" in str(error)
+
+
+@contextmanager
+def _alone(tracking_uri: str, timeout_s: float) -> Iterator[None]:
+    """Let one process at a time open a store in a file: of two that make its tables, one would fail."""
+    path = tracking_uri.removeprefix("sqlite:///")
+    if path == tracking_uri or tracking_uri in _OPENED:
+        yield
+        return
+    with open(f"{path}.lock", "wb") as lock:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
+        yield
+    _OPENED.add(tracking_uri)
 
 
 def _root_cause(error: BaseException) -> str:
