@@ -402,6 +402,7 @@ def _alone(tracking_uri: str, timeout_s: float) -> Iterator[None]:
     if path == tracking_uri or tracking_uri in _OPENED:
         yield
         return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)  # as MLflow does
     with open(f"{path}.lock", "wb") as lock:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
