@@ -2,6 +2,8 @@
 
 import os
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 # Before anything imports torch, Ray or MLflow; child processes inherit it. Test processes share the cores, and torch
 # would start a thread per core in each of them.
@@ -20,6 +22,27 @@ settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 
 STARTED = time.monotonic()
+
+
+# What these two need is imported where it is asked for: without torch and moto a test of no more than text starts at
+# once.
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The blots of ``tests.tiny``, to read only: whoever does damage to them copies them first."""
+    from tests import tiny
+
+    return tiny.write_blots(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """An S3 server of the file's own, so that the names of its objects are no other file's."""
+    from tests.s3 import s3_server
+
+    with s3_server() as address:
+        yield address
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -5,7 +5,7 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from eqm_dist import cli
-from eqm_dist.commands.train import main
+from eqm_dist.commands import train as train_command
 from eqm_dist.config import Config
 from eqm_dist.data.shards import write_shards
 from eqm_dist.data.sources import LabelledImage
@@ -88,12 +88,12 @@ class Outcome:
     err: str
 
 
-def train(*arguments: str) -> Outcome:
-    """``python pipelines/train.py ARGUMENTS`` in this process; the logging it sets up is undone."""
+def run(main: Callable[[Sequence[str]], None], program: str, *arguments: str) -> Outcome:
+    """``python PROGRAM ARGUMENTS`` in this process, which has imported everything; the logging it sets up is undone."""
     package = logging.getLogger("eqm_dist")
     before = package.handlers, package.level, package.propagate
     package.handlers = []
-    argv, sys.argv = sys.argv, ["pipelines/train.py", *arguments]
+    argv, sys.argv = sys.argv, [program, *arguments]
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -106,3 +106,8 @@ def train(*arguments: str) -> Outcome:
             handler.close()
         package.handlers, package.level, package.propagate = before
     return Outcome(int(code or 0), out.getvalue(), err.getvalue())
+
+
+def train(*arguments: str) -> Outcome:
+    """``python pipelines/train.py ARGUMENTS`` in this process."""
+    return run(train_command.main, "pipelines/train.py", *arguments)
