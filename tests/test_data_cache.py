@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -20,7 +19,7 @@ from eqm_dist.errors import ConfigError, DataError, StorageError
 from eqm_dist.storage.folder import LocalFolder
 from eqm_dist.storage.open import open_folder
 from tests import s3
-from tests.s3 import FaultyProxy, s3_server
+from tests.s3 import FaultyProxy
 
 
 class CountingFolder(LocalFolder):
@@ -158,12 +157,6 @@ for record in records:
     with FileCache(cache, 10**8).open(open_folder("s3://bucket/data"), FileRecord.model_validate_json(record)) as file:
         print(len(file.read()), flush=True)
 """
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with s3_server() as address:
-        yield address
 
 
 def start_reader(cache: Path, endpoint: str, records: list[FileRecord]) -> subprocess.Popen[str]:
