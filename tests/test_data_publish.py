@@ -25,7 +25,7 @@ from tests.s3 import FaultyProxy
 def test_prepare_to_s3_train_from_it_and_resume(tmp_path: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     s3.use(monkeypatch, endpoint)
     out = f"s3://{s3.BUCKET}/digits"
-    prepare = partial(tiny.run, prepare_shards.main, "pipelines/prepare_shards.py")
+    prepare = partial(tiny.run, prepare_shards.start, "pipelines/prepare_shards.py")
     flags = ["--source", "digits", "--out", out, "--launcher", "local"]
     refused = prepare(*flags)
     assert refused.code == 2

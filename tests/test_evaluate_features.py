@@ -91,10 +91,10 @@ def test_a_classifier_of_other_images_measures_them(tmp_path):
         f" --evaluation.extractor {file}"
     ).split()
     prepare = f"--source idx --input {images} --out {shards} --launcher local".split()
-    done = tiny.run(prepare_shards.main, "pipelines/prepare_shards.py", *prepare)
+    done = tiny.run(prepare_shards.start, "pipelines/prepare_shards.py", *prepare)
     assert done.code == 0, done.err
     classify = f"--shards {shards} --out {file} --steps 40".split()
-    done = tiny.run(train_classifier.main, "pipelines/train_classifier.py", *classify)
+    done = tiny.run(train_classifier.start, "pipelines/train_classifier.py", *classify)
     assert done.code == 0, done.err
     done = tiny.train(*train)
     assert done.code == 0, done.err

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from eqm_dist.commands.prepare_shards import main
+from eqm_dist.commands.prepare_shards import main, start
 from eqm_dist.data.loader import ShardReader
 from eqm_dist.data.manifest import read_manifest
 from eqm_dist.data.verify import verify_shards
@@ -36,7 +36,7 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 def run(*arguments: str) -> tiny.Outcome:
     """The command in this process; the first command of the documentation below is a process of its own."""
-    return tiny.run(main, str(SCRIPT), *arguments)
+    return tiny.run(start, str(SCRIPT), *arguments)
 
 
 def test_prepares_then_verifies_then_names_the_damage(tmp_path: Path) -> None:

@@ -5,14 +5,13 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-from eqm_dist import cli
 from eqm_dist.commands import train as train_command
 from eqm_dist.config import Config
 from eqm_dist.data.shards import write_shards
@@ -88,7 +87,7 @@ class Outcome:
     err: str
 
 
-def run(main: Callable[[Sequence[str]], None], program: str, *arguments: str) -> Outcome:
+def run(start: Callable[[], NoReturn], program: str, *arguments: str) -> Outcome:
     """``python PROGRAM ARGUMENTS`` in this process, which has imported everything; the logging it sets up is undone."""
     package = logging.getLogger("eqm_dist")
     before = package.handlers, package.level, package.propagate
@@ -97,7 +96,7 @@ def run(main: Callable[[Sequence[str]], None], program: str, *arguments: str) ->
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.run(main)
+            start()
     except SystemExit as end:
         code = end.code
     finally:
@@ -110,4 +109,4 @@ def run(main: Callable[[Sequence[str]], None], program: str, *arguments: str) ->
 
 def train(*arguments: str) -> Outcome:
     """``python pipelines/train.py ARGUMENTS`` in this process."""
-    return run(train_command.main, "pipelines/train.py", *arguments)
+    return run(train_command.start, "pipelines/train.py", *arguments)
