@@ -25,14 +25,8 @@ LOCAL = ["--launcher", "local"]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained tiny run: large steps, so that labels and depth matter."""
-    directory = tmp_path_factory.mktemp("runs")
-    shards = tiny.write_blots(directory / "data" / "blots")
-    options = {"optimizer.learning_rate": 0.05, "train.steps": 30, "checkpoint.every": 30, "train.log_every": 30}
-    outcome = tiny.train(*tiny.flags(tiny.overrides(directory, shards, **options)))
-    assert outcome.code == 0, outcome.err
-    return directory / "tiny"
+def run(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    return tiny.trained(tmp_path_factory.mktemp("runs"), shards, **tiny.FAR)
 
 
 def pixels(directory: Path) -> np.ndarray:

@@ -110,3 +110,14 @@ def run(start: Callable[[], NoReturn], program: str, *arguments: str) -> Outcome
 def train(*arguments: str) -> Outcome:
     """``python pipelines/train.py ARGUMENTS`` in this process."""
     return run(train_command.start, "pipelines/train.py", *arguments)
+
+
+FAR = {"optimizer.learning_rate": 0.05, "train.steps": 30, "checkpoint.every": 30, "train.log_every": 30}
+"""Overrides of a run whose large steps take it far, so that labels and depth matter."""
+
+
+def trained(root: Path, shards: Path, **others: Any) -> Path:
+    """The directory of a tiny run that has ended well."""
+    ended = train(*flags(overrides(root, shards, **others)))
+    assert ended.code == 0, ended.err
+    return root / others.get("run.name", "tiny")
