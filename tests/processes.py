@@ -1,11 +1,15 @@
-"""Processes of a test's own that start at once: forked from a server that has imported everything before.
+"""Processes of a test's own: how they start at once, and how a test waits for what they do.
 
 A fresh interpreter takes seconds for torch and DeepSpeed, which most tests that want several processes are not about.
+So theirs are forked from a server that has imported everything before.
 """
 
 import multiprocessing
 import os
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from multiprocessing import forkserver
 from typing import Any
 
@@ -18,6 +22,7 @@ _PRELOADED = [
     "torch._inductor.compile_fx",
     "torch.profiler",
     "sklearn.datasets",
+    "boto3.session",
     "webdataset",
     "eqm_dist.build",
     "tests.tiny",
@@ -39,3 +44,14 @@ def forked() -> Any:
         context.set_forkserver_preload(_PRELOADED)
         forkserver.ensure_running()
     return context
+
+
+def wait_for(
+    condition: Callable[[], object], process: subprocess.Popen[str] | None = None, deadline_s: float = 240
+) -> None:
+    """Return once the condition holds; that it takes too long, or that the process ends before, fails the test."""
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, f"it did not get so far within {deadline_s:g} s"
+        time.sleep(0.02)

@@ -10,8 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +24,7 @@ from eqm_dist.data.verify import verify_shards
 from eqm_dist.errors import ConfigError, DataError, StorageError
 from tests import tiny
 from tests.images import encoded, pixels, write_idx, write_tree
+from tests.processes import wait_for
 from tests.test_data_shards import read_with_webdataset
 from tests.vae import save_tiny_vae
 
@@ -298,14 +297,6 @@ def test_each_gpu_gets_an_actor_that_fits_its_node(
 
 def written(directory: Path) -> int:
     return len(list(directory.glob("*.tar")))
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], deadline_s: float = 120) -> None:
-    end = time.monotonic() + deadline_s
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "the preparation did not get so far in time"
-        time.sleep(0.01)
 
 
 # --- index and merge ---
