@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +170,14 @@ def test_a_kill_of_any_rank_at_any_instant_leaves_a_whole_checkpoint(
     config = tiny.config(tmp_path, shards, **{"train.steps": 1_000_000})
     opened = open_run(tiny.config(tmp_path, shards, **engine, **{"train.steps": 1_000_000}))
     chance, newest, unfinished = random.Random(seed), 0, []
-    for number in range(20):
+    # At least 20 times, and until kills did fall into the middle of a save, at different stages of it, and many saves
+    # came to their end. On a busy machine a round sees few of them, so a round lasts longer each time.
+    for number in count():
+        if number >= 20 and newest > 20 and len(unfinished) > 5 and len(set(unfinished)) > 2:
+            break
         (meeting := tmp_path / f"meeting-{number}").mkdir()
         ranks = start_savers(world, opened, meeting)
-        time.sleep(chance.uniform(0.0, 0.15))
+        time.sleep(chance.uniform(0.0, 0.15) * (1 + number / 20))
         for rank in chance.choice([ranks, ranks[:1], ranks[1:]]):
             rank.kill()
         time.sleep(chance.uniform(0.0, 0.05))  # the survivor may go on for a while: its save must come to nothing
@@ -190,10 +195,8 @@ def test_a_kill_of_any_rank_at_any_instant_leaves_a_whole_checkpoint(
             marker = read_marker(path)
             for name in marker["files"]:
                 verify_file(path, name, marker)
-    assert newest > 20
-    assert len(unfinished) > 5  # kills did fall into the middle of a save,
-    assert len(set(unfinished)) > 2  # and at different stages of it
     assert not list((tmp_path / "tiny/checkpoints").glob("damaged-*"))
+    run = start(config)
     run.saver.begin(TrainState(newest + 1))
     run.saver.settle()
     assert list(map(_name, sorted((tmp_path / "tiny/checkpoints").iterdir()))) == list(

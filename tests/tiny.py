@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +87,7 @@ class Outcome:
     err: str
 
 
-def run(start: Callable[[], NoReturn], program: str, *arguments: str) -> Outcome:
+def run(start: Callable[[], object], program: str, *arguments: str) -> Outcome:
     """``python PROGRAM ARGUMENTS`` in this process, which has imported everything; the logging it sets up is undone."""
     package = logging.getLogger("eqm_dist")
     before = package.handlers, package.level, package.propagate
