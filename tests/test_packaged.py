@@ -53,12 +53,16 @@ except SystemExit as end:
     assert end.code == 0
 print(sorted(set({HEAVY!r}.split()) & set(sys.modules)))
 """
-    before = os.times()
-    *lines, heavy = run("-c", code).stdout.splitlines()
-    after = os.times()
+    seconds, printed = [], ""
+    for _ in range(3):
+        before = os.times()
+        printed = run("-c", code).stdout
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    # CPU time, and the least of it: what the answer takes on an idle machine, whatever else runs on this one.
+    assert min(seconds) < 0.5
+    *lines, heavy = printed.splitlines()
     assert heavy == "[]"
-    # CPU time: what the answer takes on an idle machine, whatever else runs on this one.
-    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.5
     for name, text in COMMANDS.items():
         (line,) = [line for line in lines if line.split()[:1] == [name]]
         assert line.split(maxsplit=1)[1] == text
