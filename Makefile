@@ -25,9 +25,9 @@ help: ## Show this list
 train: $(STAMP) ## Train on the embedded digits; run it again to resume
 	@$(IN_VENV) $(VENV)/bin/python pipelines/train.py $(ARGS)
 
-# Two files at a time: most tests are of one thread. The slow ones start clusters that want the machine for themselves.
+# Two files at a time, in the order of tests/conftest.py: most tests are of one thread. The slow ones start clusters that want the machine for themselves.
 test: $(STAMP) ## Run the tests, but for the slow ones
-	$(IN_VENV) $(VENV)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
+	$(IN_VENV) $(VENV)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: $(STAMP) ## Run the slow tests
 	$(IN_VENV) $(VENV)/bin/python -m pytest -m slow $(ARGS) || { code=$$?; test $$code -eq 5 || exit $$code; }

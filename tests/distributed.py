@@ -1,7 +1,6 @@
 """Runs a function on several ranks, as processes that talk over gloo on this machine."""
 
 import faulthandler
-import multiprocessing
 import os
 import pickle
 import tempfile
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 
+from tests.processes import forked
+
 _DEADLINE_S = 300
 
 
@@ -22,11 +23,13 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list
 
     A rank that fails or hangs past the deadline fails the test with its traceback. Rendezvous is a file: no ports.
     """
-    context = multiprocessing.get_context("spawn")
+    context = forked()
     with tempfile.TemporaryDirectory() as directory:
         queue = context.Queue()
+        # What the processes would inherit of the environment is that of their server's start.
+        environment = dict(os.environ)
         processes = [
-            context.Process(target=_rank, args=(rank, world, directory, queue, function, arguments))
+            context.Process(target=_rank, args=(rank, world, directory, queue, environment, function, arguments))
             for rank in range(world)
         ]
         for process in processes:
@@ -54,16 +57,29 @@ def _next_result(queue: Any, processes: list[Any]) -> Any:
     raise AssertionError(f"no result within {_DEADLINE_S} s")
 
 
-def _rank(
-    rank: int, world: int, directory: str, queue: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
-    faulthandler.dump_traceback_later(_DEADLINE_S - 10, exit=True)
+def join_group(rank: int, world: int, directory: Path) -> None:
+    """Make this process a rank of a group that meets in the directory."""
     # DeepSpeed reads these even when the process group exists already.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{Path(directory) / 'rendezvous'}", rank=rank, world_size=world
+        "gloo", init_method=f"file://{directory / 'rendezvous'}", rank=rank, world_size=world
     )
+
+
+def _rank(
+    rank: int,
+    world: int,
+    directory: str,
+    queue: Any,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    faulthandler.dump_traceback_later(_DEADLINE_S - 10, exit=True)
+    os.environ.clear()
+    os.environ.update(environment)
+    join_group(rank, world, Path(directory))
     try:
         outcome = None, function(rank, *arguments)
     except Exception:

@@ -4,11 +4,16 @@ There torchvision imports also beside a CPU build of torch: the operators whose 
 none of them is ever called.
 """
 
+import contextlib
+import io
 import json
-import subprocess
 import sys
+import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from tests.processes import forked
 
 OPERATORS = """
 import torch
@@ -27,8 +32,24 @@ except RuntimeError:
 
 def run(code: str, *arguments: str | Path) -> Any:
     """What the last line that ``code`` prints says as JSON; ``sys.argv[1:]`` are the arguments."""
-    done = subprocess.run(
-        [sys.executable, "-c", OPERATORS + code, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    context = forked()
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_execute, args=(OPERATORS + code, [str(each) for each in arguments], send))
+    process.start()
+    send.close()
+    with receive:
+        printed, error = receive.recv()
+    process.join()
+    assert error is None, error
+    return json.loads(printed.splitlines()[-1])
+
+
+def _execute(code: str, arguments: list[str], send: Connection) -> None:
+    sys.argv = ["fidelity", *arguments]
+    printed, error = io.StringIO(), None
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(code, {})
+    except Exception:
+        error = traceback.format_exc()
+    send.send((printed.getvalue(), error))

@@ -1,5 +1,6 @@
 """S3 on loopback: moto's server, and a proxy in front of it that fails and stalls as a bad network does."""
 
+import functools
 import http.client
 import random
 import socket
@@ -14,10 +15,14 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 import boto3
+import botocore.session
 import pytest
 from moto.server import ThreadedMotoServer
 
 BUCKET = "bucket"
+
+# A client reads the same megabytes of JSON as the one before it, and these tests make some hundred clients.
+botocore.session.create_loader = functools.cache(botocore.session.create_loader)
 
 
 @contextmanager
@@ -34,6 +39,7 @@ def s3_server() -> Iterator[str]:
         server.stop()
 
 
+@functools.cache
 def client(endpoint: str) -> Any:
     """A plain client: the second route by which tests look at what was stored."""
     return boto3.client(

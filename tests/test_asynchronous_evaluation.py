@@ -17,7 +17,8 @@ from eqm_dist.options import with_overrides
 from eqm_dist.presets import digits
 from eqm_dist.track.jsonl import read_metrics
 from eqm_dist.train.evaluations import Evaluations
-from tests.test_ray import REPOSITORY, local_cluster_env, wait_for
+from tests.processes import wait_for
+from tests.test_ray import REPOSITORY, local_cluster_env
 
 __all__ = ["local_cluster_env"]
 

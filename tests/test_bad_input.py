@@ -24,11 +24,6 @@ from tests import tiny
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_blots(tmp_path_factory.mktemp("shards"))
-
-
 @pytest.fixture
 def own_shards(shards: Path, tmp_path: Path) -> Path:
     """A copy of the shards to do damage to."""

@@ -2,14 +2,9 @@
 
 import hashlib
 import json
-import os
-import random
 import re
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,16 +23,12 @@ from eqm_dist.track.jsonl import read_metrics
 from eqm_dist.train.checkpoint import EMA_FILE, MARKER, read_marker
 from eqm_dist.train.loop import Run, train
 from tests import tiny
+from tests.disk import no_file_larger_than
 from tests.distributed import run_ranks
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
 STATE_FILE = "state-0000-of-0001.safetensors"
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_blots(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(scope="module")
@@ -157,59 +148,6 @@ def test_what_a_killed_save_left_is_removed_by_the_next(root: Path, shards: Path
     run = start(tiny.config(root, shards))
     train(run)
     assert sorted((root / "tiny" / "checkpoints").iterdir()) == [checkpoint(root, step) for step in (2, 4, 6)]
-
-
-# Imports once, then turns into a saver for each line of input; a killed saver is followed by the next.
-SAVERS = """
-import os, sys
-from pathlib import Path
-import torch
-from eqm_dist.build import build_run
-from eqm_dist.open_run import open_run
-from eqm_dist.train.state import TrainState
-from tests import tiny
-
-torch.set_num_threads(1)
-config = tiny.config(Path(sys.argv[1]), Path(sys.argv[2]), **{"train.steps": 1_000_000})
-build_run(open_run(config), torch.device("cpu"))  # so that what torch imports late is there
-for _ in sys.stdin:
-    if pid := os.fork():
-        os.waitpid(pid, 0)
-        continue
-    run = build_run(open_run(config), torch.device("cpu"))
-    print(os.getpid(), flush=True)
-    for step in range(run.state.step + 1, 1_000_000):
-        run.saver.wait_copied()
-        for piece in run.engine.fragments():
-            piece.values.fill_(step)
-        run.saver.begin(TrainState(step))
-"""
-
-
-def test_a_kill_at_any_instant_leaves_a_whole_checkpoint(shards: Path, tmp_path: Path) -> None:
-    config = tiny.config(tmp_path, shards, **{"train.steps": 1_000_000})
-    instants, newest, interrupted = random.Random(0), 0, 0
-    savers = subprocess.Popen(
-        [sys.executable, "-c", SAVERS, str(tmp_path), str(shards)],
-        cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    with savers:
-        assert savers.stdin is not None
-        assert savers.stdout is not None
-        for _ in range(12):
-            print("next", file=savers.stdin, flush=True)
-            pid = int(savers.stdout.readline())
-            time.sleep(instants.uniform(0.02, 0.2))
-            os.kill(pid, signal.SIGKILL)
-            while Path(f"/proc/{pid}").exists():
-                time.sleep(0.001)
-            run = start(config)  # verifies and reads the newest checkpoint, or raises
-            assert run.state.step >= newest
-            assert all((piece.values == run.state.step).all() for piece in run.engine.fragments() if run.state.step)
-            newest = run.state.step
-            interrupted += set(run.checkpoints.directory.glob("step_*")) != set(run.checkpoints.whole())
-    assert newest > 0
-    assert interrupted > 0  # kills did fall into the middle of a save
 
 
 # --- damage ---
@@ -429,20 +367,11 @@ def test_a_full_disk_costs_nothing_but_the_failed_saves(small_disk: Path, shards
 def test_the_command_names_the_last_good_checkpoint_when_it_cannot_save(root: Path, shards: Path) -> None:
     shutil.rmtree(checkpoint(root, 6))
     largest = (checkpoint(root, 4) / STATE_FILE).stat().st_size
-    code = f"""
-import resource, runpy, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, ({largest - 1}, {largest - 1}))
-runpy.run_path("pipelines/train.py", run_name="__main__")
-"""
-    ended = subprocess.run(
-        [sys.executable, "-c", code, *tiny.flags(tiny.overrides(root, shards))],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 1
-    assert ended.stderr.startswith("error: Saving step 6 failed on rank 0: Cannot write ")
-    assert "File too large; free space" in ended.stderr
-    assert ended.stderr.endswith(f"Nothing was lost: the last good checkpoint is {checkpoint(root, 4)}.\n")
-    assert ended.stderr.count("\n") == 1
+    with no_file_larger_than(largest - 1):
+        ended = tiny.train(*tiny.flags(tiny.overrides(root, shards)))
+    assert ended.code == 1
+    assert ended.err.startswith("error: Saving step 6 failed on rank 0: Cannot write ")
+    assert "File too large; free space" in ended.err
+    assert ended.err.endswith(f"Nothing was lost: the last good checkpoint is {checkpoint(root, 4)}.\n")
+    assert ended.err.count("\n") == 1
     assert start(tiny.config(root, shards)).state.step == 4

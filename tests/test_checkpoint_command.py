@@ -21,12 +21,9 @@ OVERRIDES = {"optimizer.ema_decays": [0.9, 0.99], "checkpoint.keep": 1, "checkpo
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     """The root of a run with checkpoints of steps 2, 4 and 6."""
-    root = tmp_path_factory.mktemp("runs")
-    shards = tiny.write_blots(root / "data" / "blots")
-    assert tiny.train(*tiny.flags(tiny.overrides(root, shards, **OVERRIDES))).code == 0
-    return root
+    return tiny.trained(tmp_path_factory.mktemp("runs"), shards, **OVERRIDES).parent
 
 
 @pytest.fixture
@@ -117,14 +114,13 @@ def test_a_hole_that_checksums_do_not_see_is_found(
 
 @pytest.mark.parametrize("ema", [None, "0.9", "0.99", "none"])
 def test_any_ema_can_be_exported(
-    ema: str | None, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ema: str | None, trained: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = [] if ema is None else ["--ema", ema]
     main(["export", str(trained / "tiny"), *flags, "--out", str(tmp_path / "out")])
     assert capsys.readouterr().out == f"{tmp_path / 'out'} is complete.\n"
     exported = eqm_dist.load(tmp_path / "out").weights
     state = {None: "ema_0.9", "none": "weight"}.get(ema, f"ema_{ema}")
-    shards = trained / "data" / "blots"
     run = build_run(open_run(tiny.config(trained, shards, **OVERRIDES)), torch.device("cpu"))
     pieces = {piece.name: piece.values for piece in run.engine.fragments() if piece.state == state}
     assert exported.keys() == run.engine.frozen.keys() | pieces.keys()

@@ -233,8 +233,7 @@ def test_a_self_stopping_path_has_a_bound_of_its_own_and_warns_above_it(tmp_path
 
 
 @pytest.mark.parametrize("ema_decays", ["[0.9]", "[0.9, 0.99, 0.999]"])
-def test_dry_run_knows_the_size_of_a_checkpoint(ema_decays: str, tmp_path: Path) -> None:
-    shards = tiny.write_blots(tmp_path / "shards")
+def test_dry_run_knows_the_size_of_a_checkpoint(ema_decays: str, shards: Path, tmp_path: Path) -> None:
     flags = tiny.flags({**tiny.overrides(tmp_path, shards), "optimizer.ema_decays": ema_decays, "checkpoint.every": 6})
     _, numbers = dry_run(*flags)
     assert tiny.train(*flags).code == 0

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eqm_dist.core.corruption import SelfStoppingPath, corrupt
@@ -76,6 +76,7 @@ def test_the_target_is_the_velocity_of_what_the_model_sees(start: float, gamma: 
     assert loss.item() < 1e-6
 
 
+@settings(max_examples=30)  # each is a descent of 2,000 steps
 @given(st.floats(0, 0.95), st.floats(0.05, 0.9))
 def test_descent_settles_at_the_distance_that_is_stated(start: float, share: float) -> None:
     # The field of one datum at 0 on the line to a noise of length 1, where x = r: the pace at the gamma of that r.

@@ -23,7 +23,9 @@ def test_relative_weights_make_the_zero_field_cost_the_same_until_the_floor(star
     cost = loss(latents, gamma=GAMMAS, noise=noise)
     above = decay(GAMMAS) >= 0.1 * scale
     torch.testing.assert_close(cost[above], torch.full_like(cost[above], 9.0), rtol=1e-12, atol=0)
-    assert (cost[~above] < 9).all()
+    # From start 0 one gamma lies at the floor but for a rounding, and so does its cost.
+    assert (cost[~above] <= 9 * (1 + 1e-12)).all()
+    assert (cost[decay(GAMMAS) < 0.0995 * scale] < 9).all()
     assert weighting(GAMMAS).max() <= (0.1 * scale) ** -2 * (1 + 1e-12)
 
 

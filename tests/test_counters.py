@@ -73,8 +73,7 @@ def test_a_line_that_a_kill_cut_short_is_no_attempt(tmp_path: Path) -> None:
         assert len(list(read_metrics(file))) == 2
 
 
-def test_a_run_that_was_killed_says_what_that_cost(tmp_path: Path) -> None:
-    shards = tiny.write_blots(tmp_path / "shards")
+def test_a_run_that_was_killed_says_what_that_cost(shards: Path, tmp_path: Path) -> None:
     flags = tiny.flags(tiny.overrides(tmp_path / "runs", shards))
     assert tiny.train(*flags).code == 0
     run = tmp_path / "runs" / "tiny"

@@ -3,14 +3,10 @@
 import hashlib
 import mmap
 import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -20,7 +16,8 @@ from eqm_dist.errors import ConfigError, DataError, StorageError
 from eqm_dist.storage.folder import LocalFolder
 from eqm_dist.storage.open import open_folder
 from tests import s3
-from tests.s3 import FaultyProxy, s3_server
+from tests.processes import forked, wait_for
+from tests.s3 import FaultyProxy
 
 
 class CountingFolder(LocalFolder):
@@ -148,29 +145,26 @@ def test_many_threads_under_a_small_limit_always_read_the_right_bytes(tmp_path: 
 # --- several processes, over S3 ---
 
 
-READ = """
-import sys
-from eqm_dist.data.cache import FileCache
-from eqm_dist.data.manifest import FileRecord
-from eqm_dist.storage.open import open_folder
-cache, *records = sys.argv[1:]
-for record in records:
-    with FileCache(cache, 10**8).open(open_folder("s3://bucket/data"), FileRecord.model_validate_json(record)) as file:
-        print(len(file.read()), flush=True)
-"""
+def read_all(cache: Path, environment: dict[str, str], records: list[FileRecord], sizes: Any) -> None:
+    os.environ |= environment
+    for record in records:
+        with FileCache(cache, 10**8).open(open_folder("s3://bucket/data"), record) as file:
+            sizes.put(len(file.read()))
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with s3_server() as address:
-        yield address
+def start_reader(cache: Path, endpoint: str, records: list[FileRecord]) -> tuple[Any, Any]:
+    """A process that reads the files, and the queue into which it puts their sizes."""
+    sizes = forked().SimpleQueue()
+    reader = forked().Process(target=read_all, args=(cache, s3.environment(endpoint), records, sizes))
+    reader.start()
+    return reader, sizes
 
 
-def start_reader(cache: Path, endpoint: str, records: list[FileRecord]) -> subprocess.Popen[str]:
-    arguments = [record.model_dump_json() for record in records]
-    environment = os.environ | s3.environment(endpoint)
-    return subprocess.Popen([sys.executable, "-c", READ, str(cache), *arguments], env=environment, text=True,
-                            stdout=subprocess.PIPE)  # fmt: skip
+def assert_read(reader: Any, sizes: Any, expected: list[int]) -> None:
+    reader.join(timeout=120)
+    assert reader.exitcode == 0
+    assert [sizes.get() for _ in expected] == expected
+    assert sizes.empty()
 
 
 def put_s3(monkeypatch: pytest.MonkeyPatch, endpoint: str, count: int) -> list[FileRecord]:
@@ -190,8 +184,7 @@ def test_processes_of_a_machine_fetch_each_file_once(
     with FaultyProxy(endpoint) as proxy:
         readers = [start_reader(tmp_path / "cache", proxy.endpoint, records) for _ in range(3)]
         for reader in readers:
-            out, _ = reader.communicate(timeout=120)
-            assert (reader.returncode, out.split()) == (0, ["300000"] * 5)
+            assert_read(*reader, [300_000] * 5)
         assert proxy.requests == {f"GET /bucket/data/{number}.tar": 1 for number in range(5)}
 
 
@@ -202,15 +195,12 @@ def test_a_killed_process_holds_nobody_up_and_leaves_nothing(
     cache = tmp_path / "cache"
     temporary = cache / f"{records[0].sha256}.tmp"
     with FaultyProxy(endpoint, stalling=1.0) as silent:
-        killed = start_reader(cache, silent.endpoint, records)
-        until = time.monotonic() + 60
-        while not temporary.exists() and time.monotonic() < until:
-            time.sleep(0.02)
+        killed, _ = start_reader(cache, silent.endpoint, records)
+        wait_for(temporary.exists)
         waiting = start_reader(cache, endpoint, records)
-        killed.send_signal(signal.SIGKILL)
-        killed.communicate()
-    out, _ = waiting.communicate(timeout=120)
-    assert (waiting.returncode, out) == (0, "300000\n")
+        killed.kill()
+        killed.join()
+    assert_read(*waiting, [300_000])
     assert whole_files(cache) == {records[0].sha256}
     assert not temporary.exists()
 
@@ -223,14 +213,12 @@ def test_room_taken_by_the_dead_is_given_back_and_that_of_the_living_is_not(
     temporary = cache / f"{records[0].sha256}.tmp"
     small = put(source, "small", contents(1))
     with FaultyProxy(endpoint, stalling=1.0) as silent:
-        fetching = start_reader(cache, silent.endpoint, records)
-        until = time.monotonic() + 60
-        while not (temporary.exists() and temporary.stat().st_size) and time.monotonic() < until:
-            time.sleep(0.02)
+        fetching, _ = start_reader(cache, silent.endpoint, records)
+        wait_for(lambda: temporary.exists() and temporary.stat().st_size)
         FileCache(cache, 2000).open(source, small).close()
         assert temporary.exists()
-        fetching.send_signal(signal.SIGKILL)
-        fetching.communicate()
+        fetching.kill()
+        fetching.join()
     (cache / small.sha256).unlink()
     FileCache(cache, 2000).open(source, small).close()
     assert not temporary.exists()

@@ -1,10 +1,8 @@
 """From images to S3 to a trained model, through the commands, against a real endpoint."""
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,44 +17,33 @@ from eqm_dist.data.verify import verify_shards
 from eqm_dist.errors import DataError
 from eqm_dist.models.autoencoder import IdentityAutoencoder
 from eqm_dist.storage.open import open_folder
-from tests import s3
+from tests import s3, tiny
 from tests.images import write_tree
-from tests.s3 import FaultyProxy, s3_server
+from tests.s3 import FaultyProxy
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with s3_server() as address:
-        yield address
-
-
-def command(endpoint: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **s3.environment(endpoint)}
-    return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=200
-    )
-
-
-def test_prepare_to_s3_train_from_it_and_resume(tmp_path: Path, endpoint: str) -> None:
+def test_prepare_to_s3_train_from_it_and_resume(tmp_path: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    s3.use(monkeypatch, endpoint)
     out = f"s3://{s3.BUCKET}/digits"
-    prepare = ["pipelines/prepare_shards.py", "--source", "digits", "--out", out, "--launcher", "local"]
-    refused = command(endpoint, *prepare)
-    assert refused.returncode == 2
-    assert "an s3:// --out needs --staging" in refused.stderr
-    prepared = command(endpoint, *prepare, "--staging", str(tmp_path / "staging"))
-    assert prepared.returncode == 0, prepared.stderr
-    assert "1,797 samples in 8 shards" in prepared.stdout
+    prepare = partial(tiny.run, prepare_shards.start, "pipelines/prepare_shards.py")
+    flags = ["--source", "digits", "--out", out, "--launcher", "local"]
+    refused = prepare(*flags)
+    assert refused.code == 2
+    assert "an s3:// --out needs --staging" in refused.err
+    prepared = prepare(*flags, "--staging", str(tmp_path / "staging"))
+    assert prepared.code == 0, prepared.err
+    assert "1,797 samples in 8 shards" in prepared.out
 
     train = (
-        f"pipelines/train.py --launcher local --run.root {tmp_path} --data.shards {out} --evaluation.every 0"
+        f"--launcher local --run.root {tmp_path} --data.shards {out} --evaluation.every 0"
         " --optimizer.schedule constant --train.log_every 1 --track.mlflow false --model.hidden_size 16"
         f" --model.depth 1 --model.num_heads 2 --data.cache_dir {tmp_path / 'cache'}"
     ).split()
-    first = command(endpoint, *train, "--train.steps", "2")
-    assert first.returncode == 0, first.stderr
-    second = command(endpoint, *train, "--train.steps", "4")
-    assert second.returncode == 0, second.stderr
-    assert "resumes at step 2" in second.stdout
+    first = tiny.train(*train, "--train.steps", "2")
+    assert first.code == 0, first.err
+    second = tiny.train(*train, "--train.steps", "4")
+    assert second.code == 0, second.err
+    assert "resumes at step 2" in second.out
 
 
 def test_a_publication_goes_on_and_ends_with_the_manifest(

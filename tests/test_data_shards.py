@@ -4,7 +4,6 @@ import gc
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -15,7 +14,6 @@ import tarfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,8 +33,8 @@ from eqm_dist.data.sources import Digits, LabelledImage
 from eqm_dist.data.verify import verify_shards
 from eqm_dist.errors import DataError, StorageError
 from eqm_dist.models.autoencoder import IdentityAutoencoder
-
-processes = multiprocessing.get_context("forkserver")
+from tests.disk import no_file_larger_than
+from tests.processes import forked
 
 
 class Stripes:
@@ -96,15 +94,6 @@ def read_with_webdataset(directory: Path) -> list[dict[str, Any]]:
         samples = list(cast("Iterable[dict[str, Any]]", WebDataset(urls, shardshuffle=False).decode()))
         gc.collect()
     return samples
-
-
-@pytest.fixture(scope="module")
-def _quick_processes() -> None:
-    """Import everything once, in the server from which the test's processes are forked."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        processes.set_forkserver_preload([__name__])
-        forkserver.ensure_running()
 
 
 @pytest.fixture(scope="module")
@@ -245,14 +234,13 @@ def die_at_event(directory: Path, fatal: int) -> None:
     write_stripes(directory)
 
 
-@pytest.mark.usefixtures("_quick_processes")
 def test_a_writer_killed_between_any_two_operations_loses_and_repeats_nothing(stripes: Path, tmp_path: Path) -> None:
     expected = contents(stripes)
     fatal, exit_code = 0, -signal.SIGKILL
     while exit_code == -signal.SIGKILL:
         fatal += 1
         directory = tmp_path / str(fatal)
-        child = processes.Process(target=die_at_event, args=(directory, fatal))
+        child = forked().Process(target=die_at_event, args=(directory, fatal))
         child.start()
         child.join()
         exit_code = child.exitcode
@@ -268,12 +256,11 @@ def test_a_writer_killed_between_any_two_operations_loses_and_repeats_nothing(st
     assert fatal - 1 >= 15
 
 
-@pytest.mark.usefixtures("_quick_processes")
 def test_a_writer_killed_again_and_again_at_random_gets_there(stripes: Path, tmp_path: Path) -> None:
     moments = random.Random(0)
     kills = 0
     while not (tmp_path / "manifest.json").exists():
-        child = processes.Process(target=write_stripes, args=(tmp_path, 0.03))
+        child = forked().Process(target=write_stripes, args=(tmp_path, 0.03))
         child.start()
         child.join(0.2 * moments.random() * (1 + kills))  # longer each time, so that a slow machine gets there too
         if child.exitcode is None:
@@ -293,12 +280,11 @@ def die_while_writing(directory: Path, limit: int) -> None:
     write_stripes(directory)
 
 
-@pytest.mark.usefixtures("_quick_processes")
 @pytest.mark.parametrize(("limit", "victim"), [(100, "preparation.json"), (30_000, "stripes-000000.tar")])
 def test_a_writer_killed_in_the_middle_of_a_file_leaves_no_half_file(
     stripes: Path, tmp_path: Path, limit: int, victim: str
 ) -> None:
-    child = processes.Process(target=die_while_writing, args=(tmp_path, limit))
+    child = forked().Process(target=die_while_writing, args=(tmp_path, limit))
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGXFSZ
@@ -309,10 +295,9 @@ def test_a_writer_killed_in_the_middle_of_a_file_leaves_no_half_file(
     assert contents(tmp_path) == contents(stripes)
 
 
-@pytest.mark.usefixtures("_quick_processes")
 def test_several_processes_may_ask_at_once_and_one_does_the_work(stripes: Path, tmp_path: Path) -> None:
     directory, log = tmp_path / "stripes", tmp_path / "log"
-    children = [processes.Process(target=write_stripes, args=(directory, 0.05, log)) for _ in range(3)]
+    children = [forked().Process(target=write_stripes, args=(directory, 0.05, log)) for _ in range(3)]
     for child in children:
         child.start()
     for child in children:
@@ -323,13 +308,9 @@ def test_several_processes_may_ask_at_once_and_one_does_the_work(stripes: Path, 
 
 
 def test_a_full_disk_is_named_and_what_was_written_stays(stripes: Path, tmp_path: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))  # enough for the last shard alone
-    try:
-        with pytest.raises(StorageError, match=r"Cannot write .*stripes-000000.tar: .*free space"):
-            write_stripes(tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    too_large = pytest.raises(StorageError, match=r"Cannot write .*stripes-000000.tar: .*free space")
+    with no_file_larger_than(60_000), too_large:  # enough for the last shard alone
+        write_stripes(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "preparation.json"}
     write_stripes(tmp_path)
     assert contents(tmp_path) == contents(stripes)

@@ -3,7 +3,7 @@
 import gzip
 import json
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -82,12 +82,6 @@ def arrow_file(root: Path, place: Place = str) -> RawSource:
     with pa.OSFile(str(root / "x.arrow"), "wb") as sink, pa.ipc.new_file(sink, cells.schema) as writer:
         writer.write_table(cells)
     return ImageTable(f"{place(root)}/**/*.arrow")
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with s3.s3_server() as address:
-        yield address
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.processes import wait_for
 from tests.test_ray import (
     FLAGS,
     REPOSITORY,
@@ -24,7 +25,6 @@ from tests.test_ray import (
     losses_so_far,
     mlflow_run_id,
     uninterrupted,
-    wait_for,
 )
 from tests.test_spot_drain import Metadata, metadata
 

@@ -45,13 +45,10 @@ class AdmPixels(Pixels):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     """A tiny run that was recorded in MLflow, and an extractor of one's own."""
     root = tmp_path_factory.mktemp("evaluate")
-    shards = tiny.write_blots(root / "data" / "blots")
-    options = {"optimizer.learning_rate": 0.05, "train.steps": 30, "checkpoint.every": 30, "train.log_every": 30}
-    outcome = tiny.train(*tiny.flags(tiny.overrides(root, shards, **options, **{"track.mlflow": True})))
-    assert outcome.code == 0, outcome.err
+    tiny.trained(root, shards, **tiny.FAR, **{"track.mlflow": True})
     (root / "command_extractor.py").write_text(OWN)
     sys.path.insert(0, str(root))
     return root
@@ -101,13 +98,13 @@ def test_figures_of_images_are_those_of_their_pixels(tmp_path: Path) -> None:
     assert records["fid"]["settings"] == {}
 
 
-def test_a_model_gives_the_figures_of_the_images_that_it_draws(root: Path) -> None:
+def test_a_model_gives_the_figures_of_the_images_that_it_draws(root: Path, shards: Path) -> None:
     metrics, own = ",".join(METRIC_NAMES), ["--extractor", "command_extractor:Pixels", "--kid-subset-size", "20"]
     drawing = ["--model", str(root / "tiny"), "--samples", "90", "--seed", "5", "--labels", "random"]
     drawing += ["--sampler.nfe", "6"]
     directly, printed = evaluate(root, *drawing, "--metrics", metrics, *own, "--batch", "32")
     sample([*drawing, "--out", str(root / "drawn"), "--launcher", "local", "--batch", "32", "--format", "npz"])
-    reference = str(root / "data" / "blots")
+    reference = str(shards)
     kept, _ = evaluate(root, "--images", str(root / "drawn"), "--reference", reference, "--metrics", metrics, *own)
     assert list(directly) == list(kept) == list(METRIC_NAMES)
     for metric, record in directly.items():

@@ -237,9 +237,8 @@ def test_inception_refuses_what_is_no_picture() -> None:
             _rgb(images)
 
 
-def test_a_run_is_evaluated_with_a_module_of_ones_own(own_module: str, tmp_path: Path) -> None:
+def test_a_run_is_evaluated_with_a_module_of_ones_own(own_module: str, shards: Path, tmp_path: Path) -> None:
     (tmp_path / "own_extractors.py").write_text(OWN.replace("= 4", "= 16"))  # the blots have 16 pixels
-    shards = tiny.write_blots(tmp_path / "blots")
     options = {"evaluation.every": 6, "evaluation.samples": 20}
     for factory, code, said in (("Pixels", 0, "fid_yardstick"), ("absent", 2, "has no attribute 'absent'")):
         options |= {"evaluation.extractor": f"{own_module}:{factory}", "run.name": factory}

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+from eqm_dist.commands import prepare_shards, train_classifier
 from eqm_dist.errors import DataError
 from eqm_dist.evaluate import features
 from eqm_dist.evaluate.features import ImageClassifier, load_classifier, load_digit_classifier
 from eqm_dist.evaluate.train_classifier import accuracy, digits
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
@@ -82,27 +84,27 @@ def test_a_classifier_of_other_images_measures_them(tmp_path):
         header = bytes([0, 0, 8, kind]) + np.array(sizes, ">i4").tobytes()
         (images / f"train-{name}-ubyte").write_bytes(header + content.tobytes())
     shards, file = tmp_path / "shards", tmp_path / "classifier.safetensors"
-    commands = [
-        f"pipelines/prepare_shards.py --source idx --input {images} --out {shards} --launcher local".split(),
-        f"pipelines/train_classifier.py --shards {shards} --out {file} --steps 40".split(),
-        f"pipelines/train.py --launcher local --run.root {tmp_path / 'runs'} --data.shards {shards} --train.steps 2"
+    train = (
+        f"--launcher local --run.root {tmp_path / 'runs'} --data.shards {shards} --train.steps 2"
         " --data.latent_shape [1,13,13] --data.num_classes 3 --track.mlflow false --evaluation.samples 30"
         " --model.patch_size 13 --model.hidden_size 16 --model.depth 1 --model.num_heads 2"
-        f" --evaluation.extractor {file}".split(),
-    ]
-    for command in commands:
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        f" --evaluation.extractor {file}"
+    ).split()
+    prepare = f"--source idx --input {images} --out {shards} --launcher local".split()
+    done = tiny.run(prepare_shards.start, "pipelines/prepare_shards.py", *prepare)
+    assert done.code == 0, done.err
+    classify = f"--shards {shards} --out {file} --steps 40".split()
+    done = tiny.run(train_classifier.start, "pipelines/train_classifier.py", *classify)
+    assert done.code == 0, done.err
+    done = tiny.train(*train)
+    assert done.code == 0, done.err
     assert load_classifier(file).image_shape == (13, 13, 1)
-    assert "times the yardstick" in done.stdout
+    assert "times the yardstick" in done.out
 
-    wrong = subprocess.run(
-        [sys.executable, *commands[2], "--evaluation.extractor", "digits", "--run.name", "wrong"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert wrong.returncode == 2, wrong.stderr  # before the first step
-    assert "step" not in wrong.stdout
-    assert "evaluation.extractor" in wrong.stderr
+    wrong = tiny.train(*train, "--evaluation.extractor", "digits", "--run.name", "wrong")
+    assert wrong.code == 2, wrong.err  # before the first step
+    assert "step" not in wrong.out
+    assert "evaluation.extractor" in wrong.err
 
 
 def test_another_kind_of_file_is_refused(tmp_path):

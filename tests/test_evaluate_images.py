@@ -75,8 +75,8 @@ def test_what_sample_writes_is_read(tmp_path: Path, pixels: np.ndarray, kind: st
     np.testing.assert_array_equal(read(open_images(str(tmp_path / "set"))), pixels)
 
 
-def test_shards_give_their_images(tmp_path: Path) -> None:
-    images = open_images(str(tiny.write_blots(tmp_path / "blots")))
+def test_shards_give_their_images(shards: Path) -> None:
+    images = open_images(str(shards))
     expected = np.stack([sample.image for sample in tiny.Blots().read(0, 48)])
     np.testing.assert_array_equal(read(images, 7), expected)
     copy = pickle.loads(pickle.dumps(images))
@@ -162,13 +162,11 @@ def test_a_resolution_is_for_files_and_tars(places: dict[str, str], tmp_path: Pa
 
 
 def test_images_on_s3_are_those_of_this_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, places: dict[str, str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str, shards: Path, places: dict[str, str]
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))  # where the cache goes
-    shards = tiny.write_blots(tmp_path / "blots")
-    with s3.s3_server() as endpoint:
-        s3.use(monkeypatch, endpoint)
-        for local, name in ((shards, "blots"), (Path(places["tars"]), "tars")):
-            ours, remote = open_images(str(local)), open_images(s3.upload(endpoint, local, name))
-            np.testing.assert_array_equal(read(remote), read(ours))
-            assert remote.content_id() == ours.content_id()
+    s3.use(monkeypatch, endpoint)
+    for local, name in ((shards, "blots"), (Path(places["tars"]), "tars")):
+        ours, remote = open_images(str(local)), open_images(s3.upload(endpoint, local, name))
+        np.testing.assert_array_equal(read(remote), read(ours))
+        assert remote.content_id() == ours.content_id()

@@ -57,11 +57,6 @@ class Batches:
             yield replace(batch, moments=batch.moments * factor[:, None, None, None, None])
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_blots(tmp_path_factory.mktemp("shards"))
-
-
 def start(root: Path, shards: Path, batches: dict[str, Any], **overrides: Any) -> Run:
     run = build_run(open_run(tiny.config(root, shards, **{**SETTINGS, **overrides})), CPU)
     return replace(run, loader=Batches(run.loader, **batches))

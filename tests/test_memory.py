@@ -30,8 +30,7 @@ def held(rank: int, runs: list[OpenRun]) -> list[tuple[int, int, dict[str, int]]
     return found
 
 
-def test_every_ema_costs_four_bytes_a_parameter_over_all_workers(tmp_path: Path) -> None:
-    shards = tiny.write_blots(tmp_path / "shards")
+def test_every_ema_costs_four_bytes_a_parameter_over_all_workers(shards: Path, tmp_path: Path) -> None:
     settings = {"launch.launcher": "ray", "optimizer.ema_decays": [0.9, 0.99]}
     runs = [
         open_run(tiny.config(tmp_path, shards, **settings, **{"run.name": f"zero{stage}", "engine.zero_stage": stage}))

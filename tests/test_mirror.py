@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,8 @@ from eqm_dist.train.checkpoint import MARKER
 from eqm_dist.train.loop import train
 from eqm_dist.train.mirror import Mirror
 from tests import s3, tiny
-from tests.s3 import FaultyProxy, s3_server
+from tests.s3 import FaultyProxy
 from tests.test_checkpoint import CPU
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with s3_server() as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_blots(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(scope="module")
@@ -188,19 +177,28 @@ def test_a_run_on_ray_goes_on_exactly_from_its_mirror_alone(
 # --- damage ---
 
 
+@pytest.fixture(scope="module")
+def survivor(tmp_path_factory: pytest.TempPathFactory, shards: Path, endpoint: str) -> str:
+    """The prefix of a mirror that holds six steps of a run that did not end, and is all that is left of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        s3.use(patch, endpoint)
+        run_in_three(tmp_path_factory.mktemp("survivor"), shards, f"s3://{s3.BUCKET}/survivor")
+    assert steps(endpoint, "survivor") == [2, 4, 6]
+    change(endpoint, "survivor/tiny/result.json", None)
+    return "survivor"
+
+
 @pytest.fixture
-def mirrored(tmp_path: Path, shards: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Runs six steps with a mirror of that name and keeps of the run only the mirror; returns the root."""
+def mirrored(survivor: str, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Copies that mirror to a prefix of the test's own, to do damage to."""
     s3.use(monkeypatch, endpoint)
 
-    def make(name: str) -> Path:
-        run_in_three(tmp_path, shards, f"s3://{s3.BUCKET}/{name}")
-        assert steps(endpoint, name) == [2, 4, 6]
-        change(endpoint, f"{name}/tiny/result.json", None)
-        shutil.rmtree(tmp_path / "tiny")
-        return tmp_path
+    def copy(name: str) -> None:
+        for key in keys(endpoint, survivor):
+            source = {"Bucket": s3.BUCKET, "Key": f"{survivor}/{key}"}
+            s3.client(endpoint).copy_object(Bucket=s3.BUCKET, Key=f"{name}/{key}", CopySource=source)
 
-    return make
+    return copy
 
 
 NEWEST = "tiny/checkpoints/step_00000006"
@@ -218,34 +216,35 @@ def test_a_damaged_copy_falls_back_to_the_one_before(
     file: str,
     content: bytes | None,
     warning: str,
-    mirrored: Callable[[str], Path],
+    mirrored: Callable[[str], None],
     shards: Path,
     clean: Path,
     endpoint: str,
+    tmp_path: Path,
 ) -> None:
     name = f"damaged-{hashlib.sha256(f'{file}{content}'.encode()).hexdigest()[:8]}"
-    root = mirrored(name)
+    mirrored(name)
     change(endpoint, f"{name}/{NEWEST}/{file}", content)
-    resumed = run(root, shards, f"s3://{s3.BUCKET}/{name}")
+    resumed = run(tmp_path, shards, f"s3://{s3.BUCKET}/{name}")
     assert resumed.code == 0, resumed.err
     assert warning in resumed.out
     assert "fetched step_00000004" in resumed.out
     assert "resumes at step 4" in resumed.out
-    assert losses(root / "tiny") == losses(clean)
+    assert losses(tmp_path / "tiny") == losses(clean)
     # The good checkpoint of that step has taken the place of the damaged one.
     plain = s3.client(endpoint)
-    for path in (root / NEWEST).iterdir():
+    for path in (tmp_path / NEWEST).iterdir():
         body = plain.get_object(Bucket=s3.BUCKET, Key=f"{name}/{NEWEST}/{path.name}")["Body"].read()
         assert body == path.read_bytes()
 
 
 def test_where_all_copies_are_damaged_nothing_starts_over_in_silence(
-    mirrored: Callable[[str], Path], shards: Path, endpoint: str
+    mirrored: Callable[[str], None], shards: Path, endpoint: str, tmp_path: Path
 ) -> None:
-    root = mirrored("lost")
+    mirrored("lost")
     for step in (2, 4, 6):
         change(endpoint, f"lost/tiny/checkpoints/step_{step:08d}/ema.safetensors", b"")
-    refused = run(root, shards, f"s3://{s3.BUCKET}/lost")
+    refused = run(tmp_path, shards, f"s3://{s3.BUCKET}/lost")
     assert refused.code == 2
     assert "must hold an undamaged checkpoint of the run, but all 3 are damaged" in refused.err
 

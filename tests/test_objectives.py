@@ -9,11 +9,6 @@ from eqm_dist.track.jsonl import read_metrics
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_blots(tmp_path_factory.mktemp("shards"))
-
-
 def losses(root: Path, shards: Path, **others: Any) -> list[float]:
     ended = tiny.train(*tiny.flags(tiny.overrides(root, shards, **others)))
     assert ended.code == 0, ended.err

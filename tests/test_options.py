@@ -29,11 +29,6 @@ from tests import tiny
 OPTIONS = {option.key: option for option in options(Config)}
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_blots(tmp_path_factory.mktemp("shards"))
-
-
 # --- defaults ---
 
 

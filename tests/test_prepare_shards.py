@@ -10,8 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +17,14 @@ import psutil
 import pytest
 from PIL import Image
 
-from eqm_dist.commands.prepare_shards import main
+from eqm_dist.commands.prepare_shards import main, start
 from eqm_dist.data.loader import ShardReader
 from eqm_dist.data.manifest import read_manifest
 from eqm_dist.data.verify import verify_shards
 from eqm_dist.errors import ConfigError, DataError, StorageError
+from tests import tiny
 from tests.images import encoded, pixels, write_idx, write_tree
+from tests.processes import wait_for
 from tests.test_data_shards import read_with_webdataset
 from tests.vae import save_tiny_vae
 
@@ -33,17 +33,18 @@ LOCAL = ["--launcher", "local"]
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=120)
+def run(*arguments: str) -> tiny.Outcome:
+    """The command in this process; the first command of the documentation below is a process of its own."""
+    return tiny.run(start, str(SCRIPT), *arguments)
 
 
 def test_prepares_then_verifies_then_names_the_damage(tmp_path: Path) -> None:
     out = tmp_path / "digits"
     prepared = run("--source", "digits", "--out", str(out), "--samples-per-shard", "600", "--dtype", "float16", *LOCAL)
-    assert prepared.returncode == 0, prepared.stderr
-    assert "Wrote digits-000001.tar: 1,200 of 1,797 images" in prepared.stdout
-    assert f"{out} holds 1,797 samples in 3 shards." in prepared.stdout
-    assert prepared.stderr == ""
+    assert prepared.code == 0, prepared.err
+    assert "Wrote digits-000001.tar: 1,200 of 1,797 images" in prepared.out
+    assert f"{out} holds 1,797 samples in 3 shards." in prepared.out
+    assert prepared.err == ""
     assert read_manifest(out).dtype == "float16"
 
     shard = out / "digits-000001.tar"
@@ -51,9 +52,9 @@ def test_prepares_then_verifies_then_names_the_damage(tmp_path: Path) -> None:
     content[1000] ^= 1
     shard.write_bytes(content)
     verified = run("verify", str(out))
-    assert verified.returncode == 2
-    assert verified.stderr.startswith(f"error: {shard} must have the sha256")
-    assert verified.stderr.count("\n") == 1
+    assert verified.code == 2
+    assert verified.err.startswith(f"error: {shard} must have the sha256")
+    assert verified.err.count("\n") == 1
 
 
 def test_verify_accepts_a_whole_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,20 +100,6 @@ def test_bad_input_is_one_sentence(arguments: list[str], error: type[Exception],
     assert "\n" not in str(raised.value)
 
 
-def test_help_imports_nothing_heavy() -> None:
-    program = (
-        "import runpy, sys\n"
-        f"sys.argv = [{str(SCRIPT)!r}, '--help']\n"
-        f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
-        "except SystemExit as exit_: assert exit_.code == 0\n"
-        "heavy = {'torch', 'numpy', 'sklearn', 'webdataset', 'ray', 'mlflow'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert finished.returncode == 0, finished.stderr
-    assert "--samples-per-shard" in finished.stdout
-
-
 # --- the documentation ---
 
 PAGE = (SCRIPT.parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
@@ -144,7 +131,7 @@ def test_every_flag_of_the_documentation_exists(capsys: pytest.CaptureFixture[st
             main([*page, "--help"])
     flags = set(re.findall(r"`?(--[a-z][a-z-]+)", PAGE))
     assert {"--resolution", "--mirror"} <= flags
-    assert flags <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    assert flags | {"--samples-per-shard"} <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
 
 
 # --- broken images ---
@@ -184,17 +171,15 @@ def test_a_tree_with_broken_files_goes_through_prepare_and_train(tmp_path: Path)
 
 
 def train_shards(root: Path, shards: Path, latent_shape: str, classes: int, *more: str) -> dict:
-    """Run pipelines/train.py for three steps, as its user does; returns result.json."""
+    """Run pipelines/train.py for three steps; returns result.json."""
     command = (
-        f"pipelines/train.py --launcher local --run.root {root} --run.name run --data.shards {shards} "
+        f"--launcher local --run.root {root} --run.name run --data.shards {shards} "
         f"--data.latent_shape {latent_shape} --data.num_classes {classes} --evaluation.every 0 --track.mlflow false "
         "--model.hidden_size 32 --model.depth 1 --model.num_heads 2 --train.steps 3 --train.global_batch 8 "
         "--train.log_every 1 --optimizer.warmup_steps 1 --model.patch_size 4"
     ).split()
-    done = subprocess.run(
-        [sys.executable, *command, *more], cwd=SCRIPT.parents[1], capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
+    done = tiny.train(*command, *more)
+    assert done.code == 0, done.err
     return json.loads((root / "run" / "result.json").read_text())
 
 
@@ -314,14 +299,6 @@ def written(directory: Path) -> int:
     return len(list(directory.glob("*.tar")))
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], deadline_s: float = 120) -> None:
-    end = time.monotonic() + deadline_s
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "the preparation did not get so far in time"
-        time.sleep(0.01)
-
-
 # --- index and merge ---
 
 
@@ -405,7 +382,7 @@ def test_images_of_ones_own_go_through_prepare_classifier_training_and_fid(kind:
     options = [] if kind == "idx" else ["--resolution", "28", "--channels", "1", "--max-bad-fraction", "0.02"]
     shards, classifier = tmp_path / "shards", tmp_path / "classifier.safetensors"
     done = run("--source", kind, "--input", str(source), "--out", str(shards), *options, *LOCAL)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     assert read_manifest(shards).num_samples == (number if kind == "idx" else number - number // 100)
 
     command = f"pipelines/train_classifier.py --shards {shards} --out {classifier} --steps 60"
@@ -444,8 +421,8 @@ def test_fashion_mnist_goes_through_prepare_and_train(tmp_path: Path) -> None:
     out = tmp_path / "fashion"
     images = FASHION_MNIST / "t10k-images-idx3-ubyte.gz"
     done = run("--source", "idx", "--input", str(images), "--out", str(out), "--samples-per-shard", "1000", *LOCAL)
-    assert done.returncode == 0, done.stderr
-    assert "--data.latent_shape [1,28,28] --data.num_classes 10" in done.stdout
+    assert done.code == 0, done.err
+    assert "--data.latent_shape [1,28,28] --data.num_classes 10" in done.out
     manifest = read_manifest(out)
     assert manifest.label_histogram == (1000,) * 10  # as published
     assert train_shards(tmp_path, out, "[1,28,28]", 10)["step"] == 3

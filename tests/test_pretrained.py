@@ -24,13 +24,9 @@ SAMPLER = {"sampler.name": "gd", "sampler.step_size": 0.1, "sampler.nfe": 3}
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     """The runs directory with one finished tiny run."""
-    directory = tmp_path_factory.mktemp("runs")
-    shards = tiny.write_blots(directory / "data" / "blots")
-    outcome = tiny.train(*tiny.flags(tiny.overrides(directory, shards)))
-    assert outcome.code == 0, outcome.err
-    return directory
+    return tiny.trained(tmp_path_factory.mktemp("runs"), shards).parent
 
 
 def official_model(seed: int = 1) -> SiT:
@@ -139,7 +135,7 @@ def test_other_files_and_places_are_refused(tmp_path: Path, root: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist; correct the path"):
         eqm_dist.load(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="is none of these"):
-        eqm_dist.load(root / "data")
+        eqm_dist.load(root)
 
 
 def test_a_damaged_ema_is_refused(root: Path, tmp_path: Path) -> None:

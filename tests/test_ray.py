@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -17,6 +17,7 @@ from eqm_dist.errors import LaunchError
 from eqm_dist.open_run import open_run
 from eqm_dist.track.jsonl import read_metrics
 from tests.distributed import run_ranks
+from tests.processes import wait_for
 from tests.test_engines import run_engines
 
 pytestmark = [pytest.mark.ray, pytest.mark.deepspeed, pytest.mark.timeout(600)]
@@ -51,14 +52,6 @@ def losses(root: Path, run: str = "digits") -> dict[int, float]:
 
 def mlflow_run_id(root: Path) -> str:
     return json.loads((root / "digits" / "mlflow.json").read_text())["run_id"]
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], deadline_s: float = 240) -> None:
-    end = time.monotonic() + deadline_s
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "the run did not get so far in time"
-        time.sleep(0.05)
 
 
 def kill(process: psutil.Process) -> None:

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,20 +19,15 @@ from eqm_dist.errors import ConfigError
 from eqm_dist.evaluate.labels import labels_of
 from eqm_dist.pretrained import load
 from tests import tiny
+from tests.processes import wait_for
 
 SCRIPT = Path(__file__).parent.parent / "pipelines" / "sample.py"
 LOCAL = ["--launcher", "local"]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained tiny run: large steps, so that labels and depth matter."""
-    directory = tmp_path_factory.mktemp("runs")
-    shards = tiny.write_blots(directory / "data" / "blots")
-    options = {"optimizer.learning_rate": 0.05, "train.steps": 30, "checkpoint.every": 30, "train.log_every": 30}
-    outcome = tiny.train(*tiny.flags(tiny.overrides(directory, shards, **options)))
-    assert outcome.code == 0, outcome.err
-    return directory / "tiny"
+def run(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    return tiny.trained(tmp_path_factory.mktemp("runs"), shards, **tiny.FAR)
 
 
 def pixels(directory: Path) -> np.ndarray:
@@ -87,15 +82,15 @@ def test_a_killed_command_goes_on_and_the_set_is_the_same(run: Path, tmp_path: P
     command = [sys.executable, str(SCRIPT), *common, "--out", str(out)]
     environment = {**os.environ, "RAY_ADDRESS": "local"}
     kept: dict[Path, int] = {}
+
+    def so_far(units: int) -> bool:
+        return len(list(out.glob(".units/*.json"))) >= units
+
     for units in (1, 3):
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        deadline = time.monotonic() + 120
-        while len(list(out.glob(".units/*.json"))) < units:
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(partial(so_far, units), process)
         below = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, signal.SIGKILL)
         for child in below:

@@ -6,7 +6,6 @@ import random
 import re
 import stat
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from eqm_dist.storage.location import local_path
 from eqm_dist.storage.open import open_folder
 from tests import s3
 from tests.disk import no_file_larger_than
-from tests.s3 import FaultyProxy, s3_server
+from tests.s3 import FaultyProxy
 
 
 @pytest.mark.parametrize("location", ["s3://bucket/shards", Path("s3://bucket/shards"), "pipe:cat x", "file:///x"])
@@ -87,12 +86,6 @@ def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path
 
 
 # --- folders: local directories and S3 alike ---
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with s3_server() as address:
-        yield address
 
 
 @pytest.fixture(params=["local", "s3"])

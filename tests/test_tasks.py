@@ -94,14 +94,12 @@ def test_the_share_that_shows_both_conditions() -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     """A trained tiny run, and one of an explicit energy."""
     root = tmp_path_factory.mktemp("runs")
-    shards = tiny.write_blots(root / "data" / "blots")
     for name, extra in (("tiny", {}), ("energy", {"objective.energy": "dot"})):
         options = {"run.name": name, "evaluation.extractor": "tests.test_tasks:extractor", **extra}
-        outcome = tiny.train(*tiny.flags(tiny.overrides(root, shards, **options)))
-        assert outcome.code == 0, outcome.err
+        tiny.trained(root, shards, **options)
     return root
 
 
@@ -133,9 +131,9 @@ def test_denoise(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(("run", "scores"), [("tiny", ["field norm"]), ("energy", ["field norm", "energy"])])
-def test_ood(runs: Path, tmp_path: Path, run: str, scores: list[str]) -> None:
+def test_ood(runs: Path, shards: Path, tmp_path: Path, run: str, scores: list[str]) -> None:
     common = ["--model", str(runs / run), "--samples", "16", "--out", str(tmp_path / "out")]
-    ood.main([*common, "--against", f"inverted,{runs / 'data' / 'blots'}"])
+    ood.main([*common, "--against", f"inverted,{shards}"])
     record = json.loads((tmp_path / "out" / "ood.json").read_bytes())
     assert list(dict.fromkeys(row["score"] for row in record["auroc"])) == scores
     assert record["auroc"][1]["auroc"] == 0.5  # the known images against themselves

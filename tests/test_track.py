@@ -409,11 +409,6 @@ def mlflow_server(store: Path, port: int) -> Iterator[None]:
         server.wait()
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_blots(tmp_path_factory.mktemp("shards"))
-
-
 @pytest.mark.parametrize("silent", [False, True], ids=["nobody listens", "nobody answers"])
 def test_a_server_that_does_not_answer_ends_the_command_before_anything_starts(
     silent: bool, shards: Path, tmp_path: Path

@@ -506,11 +506,6 @@ def test_parts_of_the_model_are_named_for_people() -> None:
     assert [group_of(name) for name in names] == ["embedders", "embedders", "block_03", "final_layer"]
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_blots(tmp_path_factory.mktemp("shards"))
-
-
 def test_norms_by_parts_add_up_to_the_norm_of_the_whole(shards: Path, tmp_path: Path) -> None:
     settings = {"train.log_grad_norms": True, "optimizer.gradient_clip": 0.1}
     train(build_run(open_run(tiny.config(tmp_path, shards, **settings)), CPU))

@@ -5,13 +5,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from eqm_dist.launch.watchdog import Watchdog
+from tests.processes import wait_for
 
 DEADLINE_S = 2.0
 
@@ -81,7 +81,7 @@ def test_steps_within_the_deadline_are_left_alone(log: Path) -> None:
 
 def test_the_watchdog_ends_with_its_worker(log: Path) -> None:
     process = start(log, "watchdog.beat(5, 'evaluating'); stands_still()")
-    await_that(lambda: bool(watchdogs_of(process.pid)))
+    wait_for(lambda: bool(watchdogs_of(process.pid)))
     (watchdog,) = watchdogs_of(process.pid)
     process.kill()
     process.wait()
@@ -153,14 +153,7 @@ def watchdogs_of(pid: int) -> list[psutil.Process]:
     return [child for child in psutil.Process(pid).children() if "watchdog.py" in " ".join(child.cmdline())]
 
 
-def await_that(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def await_text(file: Path) -> str:
     """What the watchdog wrote, which is after it has ended the worker."""
-    await_that(lambda: file.exists() and file.read_text().endswith("\n"))
+    wait_for(lambda: file.exists() and file.read_text().endswith("\n"))
     return file.read_text()

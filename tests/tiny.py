@@ -5,15 +5,14 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eqm_dist import cli
-from eqm_dist.commands.train import main
+from eqm_dist.commands import train as train_command
 from eqm_dist.config import Config
 from eqm_dist.data.shards import write_shards
 from eqm_dist.data.sources import LabelledImage
@@ -88,16 +87,16 @@ class Outcome:
     err: str
 
 
-def train(*arguments: str) -> Outcome:
-    """``python pipelines/train.py ARGUMENTS`` in this process; the logging it sets up is undone."""
+def run(start: Callable[[], object], program: str, *arguments: str) -> Outcome:
+    """``python PROGRAM ARGUMENTS`` in this process, which has imported everything; the logging it sets up is undone."""
     package = logging.getLogger("eqm_dist")
     before = package.handlers, package.level, package.propagate
     package.handlers = []
-    argv, sys.argv = sys.argv, ["pipelines/train.py", *arguments]
+    argv, sys.argv = sys.argv, [program, *arguments]
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.run(main)
+            start()
     except SystemExit as end:
         code = end.code
     finally:
@@ -106,3 +105,19 @@ def train(*arguments: str) -> Outcome:
             handler.close()
         package.handlers, package.level, package.propagate = before
     return Outcome(int(code or 0), out.getvalue(), err.getvalue())
+
+
+def train(*arguments: str) -> Outcome:
+    """``python pipelines/train.py ARGUMENTS`` in this process."""
+    return run(train_command.start, "pipelines/train.py", *arguments)
+
+
+FAR = {"optimizer.learning_rate": 0.05, "train.steps": 30, "checkpoint.every": 30, "train.log_every": 30}
+"""Overrides of a run whose large steps take it far, so that labels and depth matter."""
+
+
+def trained(root: Path, shards: Path, **others: Any) -> Path:
+    """The directory of a tiny run that has ended well."""
+    ended = train(*flags(overrides(root, shards, **others)))
+    assert ended.code == 0, ended.err
+    return root / others.get("run.name", "tiny")
