@@ -56,10 +56,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--cache", default="~/.cache/eqm-dist/statistics", metavar="DIR",
-        help="where statistics of references are kept (default: %(default)s)",
+        help="where statistics of references are kept; none keeps none (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--labels", default="balanced", metavar="RULE", help="as pipelines/sample.py takes them")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of images and search (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=cli.seed, default=0, metavar="N", help="of images and search (default: %(default)s)"
+    )
     parser.add_argument("--batch", type=cli.count, default=256, metavar="N", help="at once (default: %(default)s)")
     parser.add_argument("--launcher", choices=["ray", "local"], default="ray", help="(default: %(default)s)")
     parser.add_argument("--actors", type=cli.count, metavar="N", help="at most so many (default: one per GPU or core)")
@@ -73,10 +75,11 @@ def main(arguments: Sequence[str]) -> None:
         EqmDistError: one sentence for the user.
     """
     options = make_parser().parse_args(arguments)
+    cli.check_actors(options)
     if options.search == "grid" and options.trials is not None:
         raise ConfigError("--trials has no effect on --search grid, which tries all points; use random or optuna.")
 
-    from eqm_dist.launch.evaluation import Judge, reference_of
+    from eqm_dist.launch.evaluation import Judge
     from eqm_dist.pretrained import load
     from eqm_dist.runs import sweep_directory
     from eqm_dist.sweeps.search import Search
@@ -86,16 +89,21 @@ def main(arguments: Sequence[str]) -> None:
     from eqm_dist.sweeps.stepsize.sweep import sweep
 
     space, track = read_space(options.space, AXES), cli.track_from(options)
-    model = load(options.model, autoencoder=options.autoencoder, overrides=cli.model_overrides(options))
-    evaluation = model.config.evaluation
+    model = load(
+        options.model,
+        autoencoder=options.autoencoder,
+        overrides=cli.model_overrides(options),
+        root=cli.root_from(options),
+    )
+    extractor, weights = model.extractor("--evaluation.extractor")
     judge = Judge(
-        extractor=evaluation.extractor,
-        weights=evaluation.extractor_weights,
+        extractor=extractor,
+        weights=weights,
         metrics=["fid"],
         batch=options.batch,
         launcher=options.launcher,
         actors=options.actors,
-        cache=options.cache,
+        cache=None if options.cache == "none" else options.cache,
     )
 
     search = Search(
@@ -119,8 +127,10 @@ def main(arguments: Sequence[str]) -> None:
             actors=options.actors,
         )
 
+    judge.check_samples(min(options.rungs), "--rungs")
+    judge.check_samples(options.samples or MOST_SAMPLES)
     check(plan(options.samples or MOST_SAMPLES))
-    reference = judge.reference(options.reference or reference_of(model))
+    reference = judge.reference(options.reference or model.training_data("--reference"))
     assert reference is not None  # the FID has one
     known = reference.statistics.count or MOST_SAMPLES
     planned = plan(options.samples or min(known, MOST_SAMPLES))
