@@ -49,6 +49,8 @@ from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.evaluator import Evaluator
 from eqm_dist.evaluate.extractors import load_extractor
 from eqm_dist.evaluate.images import TrainingImages
+from eqm_dist.evaluate.statistics import check_count
+from eqm_dist.metric_settings import DEFAULT_SETTINGS
 from eqm_dist.models.autoencoder import Autoencoder, IdentityAutoencoder, load_autoencoder
 from eqm_dist.models.sit import SiT
 from eqm_dist.models.sizes import forward_macs, training_flops_per_image
@@ -484,6 +486,18 @@ def build_evaluator(
         world=world_size(),
         all_reduce_sum=all_reduce_sum,
     )
+
+
+def check_evaluated_samples(config: Config) -> None:
+    """Whether ``evaluation.samples`` are enough for ``evaluation.metrics``, before anything is trained.
+
+    Raises:
+        DataError: they are too few.
+    """
+    for metric in config.evaluation.metrics:
+        without = "" if metric == "fid" else f", or leave {metric} out of evaluation.metrics"
+        remedy = f"raise evaluation.samples{without}"
+        check_count([metric], DEFAULT_SETTINGS, config.evaluation.samples, side="generated images", remedy=remedy)
 
 
 def build_mirror(opened: OpenRun) -> Mirror | None:

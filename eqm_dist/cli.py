@@ -5,6 +5,7 @@ spelled alike. Values go through ``with_overrides`` like everything else (docs/d
 """
 
 import argparse
+import os
 import re
 import sys
 import traceback
@@ -12,12 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from eqm_dist.config import Config, TrackConfig
+from eqm_dist.documents import from_yaml
 from eqm_dist.errors import ConfigError, EqmDistError
-from eqm_dist.options import Layer, given, layered, options, parse, read_yaml, suggestion
+from eqm_dist.machine import settle_user
+from eqm_dist.options import Layer, Option, given, layered, options, parse, read_yaml, suggestion
 from eqm_dist.presets import PRESETS
+from eqm_dist.redaction import RULE, holds_secret, redacted
 
 PACKAGED = "eqm-dist"
 """The program that an installed package brings; a checkout has the scripts of pipelines/ and tuning/ besides."""
@@ -51,10 +53,35 @@ class _Parser(argparse.ArgumentParser):
             raise ConfigError(
                 f"{flag} is not an option (command line); {suggestion(flag, self._option_string_actions)}"
             )
+        for flag, value in self._given(parsed):
+            _check_text(flag, value)
         return parsed
+
+    def _given(self, parsed: argparse.Namespace) -> list[tuple[str, str]]:
+        """The texts on the command line, each with its flag."""
+        flags = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
+        values = {name: value if isinstance(value, list) else [value] for name, value in vars(parsed).items()}
+        return [
+            (flags.get(name, name), text) for name, texts in values.items() for text in texts if isinstance(text, str)
+        ]
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message[0].upper()}{message[1:]}; see --help.")
+
+
+def _check_text(flag: str, text: str) -> None:
+    """Refuse what no command can take, whatever the flag.
+
+    Raises:
+        ConfigError: a URL with a secret, or bytes that are no text.
+    """
+    if holds_secret(text):
+        raise ConfigError(f"{flag} {RULE}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # how Python holds bytes of file names that are not UTF-8
+        readable = os.fsencode(text).decode("utf-8", "backslashreplace")
+        raise ConfigError(f"{flag} must be text in UTF-8, got {readable}; rename what it names.") from None
 
 
 def command_parser(description: str | None, **settings: Any) -> argparse.ArgumentParser:
@@ -109,12 +136,30 @@ def add_config_flags(command: argparse.ArgumentParser, *prefixes: str, of_model:
         groups[section].add_argument(f"--{option.key}", metavar=option.type_name, help=text)
 
 
+ROOT = "run.root"
+
+
+def add_root_flag(command: argparse.ArgumentParser) -> None:
+    """The flag that says where the user's own runs lie."""
+    command.add_argument(
+        f"--{ROOT}", metavar="DIR",
+        help="directory of your own runs, whose configs are taken whole; of any other model's the model, the objective"
+        " and the sampler (default: runs/ here)",
+    )  # fmt: skip
+
+
+def root_from(arguments: argparse.Namespace) -> str | None:
+    """The directory of the user's own runs; None for the default."""
+    return getattr(arguments, ROOT)
+
+
 def add_model_flags(command: argparse.ArgumentParser, *prefixes: str) -> None:
     """The flags of commands that take a trained model: which one, and what it may be told, ``prefixes`` included."""
     command.add_argument(
         "--model", metavar="PATH",
-        help="a run, a checkpoint, an export, or an official file of weights (default: the newest run in runs/)",
+        help="a run, a checkpoint, an export, or an official file of weights (default: the newest of your runs)",
     )  # fmt: skip
+    add_root_flag(command)
     command.add_argument(
         "--autoencoder", metavar="NAME",
         help="the autoencoder that decodes latents, where the model does not say it: identity, a folder that diffusers"
@@ -135,7 +180,7 @@ def add_work_flags(command: argparse.ArgumentParser, batch: int, seeds: str) -> 
         "--batch", type=count, default=batch, metavar="N",
         help="number of images computed at once (default: %(default)s)",
     )  # fmt: skip
-    command.add_argument("--seed", type=int, default=0, metavar="N", help=f"seed of {seeds} (default: %(default)s)")
+    command.add_argument("--seed", type=seed, default=0, metavar="N", help=f"seed of {seeds} (default: %(default)s)")
 
 
 def add_actor_flags(command: argparse.ArgumentParser) -> None:
@@ -150,11 +195,38 @@ def add_actor_flags(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def check_actors(arguments: argparse.Namespace) -> None:
+    """Refuse a number of actors where there are none.
+
+    Raises:
+        ConfigError: both are given.
+    """
+    if arguments.launcher == "local" and arguments.actors is not None:
+        raise ConfigError("--actors has no effect with --launcher local, which is this process alone; leave it out.")
+
+
+MOST = 1_000_000_000
+
+
 def count(text: str) -> int:
     """A flag's value that is a number of things."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
-    return int(text)
+    if not (found := _whole(text, MOST)):
+        most = f" and at most {MOST:,}" if text.isdecimal() and text.strip("0") else ""
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1{most}, got {text[:50]}")
+    return found
+
+
+def seed(text: str) -> int:
+    """A flag's value that is the seed of something random."""
+    if (found := _whole(text, 2**63 - 1)) is None:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2**63 - 1, got {text[:50]}")
+    return found
+
+
+def _whole(text: str, most: int) -> int | None:
+    """A number of digits alone; None if it is another text or too large."""
+    digits = text.isascii() and text.isdecimal() and len(text) <= len(str(most))
+    return int(text) if digits and int(text) <= most else None
 
 
 def hours(text: str) -> float:
@@ -202,7 +274,7 @@ def model_overrides(arguments: argparse.Namespace) -> list[Layer]:
                 f"--config must name a YAML file with a sampler section, and {arguments.config} has none;"
                 " use best.yaml of a sweep or config.yaml of a run."
             )
-    flags = {key: value for key, value in overrides_from(arguments).items() if not key.startswith(TRACK)}
+    flags = {key: value for key, value in overrides_from(arguments).items() if not key.startswith((TRACK, ROOT))}
     return [(sampler, str(arguments.config)), (flags, "command line")]
 
 
@@ -221,12 +293,13 @@ def track_from(arguments: argparse.Namespace) -> TrackConfig:
 
 def overrides_from(arguments: argparse.Namespace) -> dict[str, Any]:
     """The config keys that flags set."""
-    keys = [option.key for option in options(Config)]
-    return {key: _value(key, text) for key in keys if (text := getattr(arguments, key, None)) is not None}
+    found = ((option, getattr(arguments, option.key, None)) for option in options(Config))
+    return {option.key: _value(option, text) for option, text in found if text is not None}
 
 
 def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Run a command and leave: 0 done, 2 the user's input is wrong, 1 anything else, 130 interrupted."""
+    settle_user()
     try:
         main(sys.argv[1:])
     except EqmDistError as error:
@@ -235,20 +308,24 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume.", file=sys.stderr)
         sys.exit(130)
+    except MemoryError:
+        print("error: The memory of this machine is not enough; lower the sizes or the batch.", file=sys.stderr)
+        sys.exit(1)
     except Exception:
-        traceback.print_exc()
+        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
 
 
-def _value(key: str, text: str) -> Any:
+def _value(option: Option, text: str) -> Any:
     """A flag's text as a value: lists, mappings and null as in YAML, all else as text that the config converts."""
     if text == "null":
         return None
-    if not text.startswith(("[", "{")):
+    # The name of a directory may begin with a bracket.
+    if option.type_name == "STR" or not text.startswith(("[", "{")):
         return text
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return from_yaml(text)
+    except ValueError:
         shape = "a list like [1,2]" if text.startswith("[") else "a mapping like {a: 1}"
-        raise ConfigError(f"{key} must be {shape}, got {text} (command line).") from None
+        raise ConfigError(f"{option.key} must be {shape}, got {text} (command line).") from None

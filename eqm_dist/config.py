@@ -8,12 +8,13 @@ takes effect is in ``eqm_dist.options``. Nothing here imports torch, so that ``-
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
-from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from eqm_dist.documents import MOST_YAML_BYTES, read_bounded
 from eqm_dist.errors import ConfigError
 from eqm_dist.metric_settings import MetricName
 from eqm_dist.options import (
@@ -25,8 +26,10 @@ from eqm_dist.options import (
     Section,
     flatten,
     given,
+    layered,
     make,
     no_effect,
+    parse_document,
     put,
     put_section,
     settle,
@@ -581,15 +584,6 @@ class TrackConfig(Section, marks=(Resumable,)):
     timeout_s: Annotated[Positive | None, Only("mlflow", (True,), 20.0)] = None
     """Longest wait for the tracking server, in seconds."""
 
-    @model_validator(mode="after")
-    def _no_password(self) -> Self:
-        if self.mlflow_uri is not None and urlsplit(self.mlflow_uri).password is not None:
-            raise ValueError(
-                "mlflow_uri must not hold a password, which would end up in every record of the run; give it as"
-                " MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
-            )
-        return self
-
 
 class Config(Section):
     """One training run."""
@@ -684,3 +678,35 @@ class Config(Section):
                 f"{self.checkpoint.every} with evaluation.asynchronous, which evaluates checkpoints; change one of them"
             )
         return self
+
+
+PACKAGED_EXTRACTORS = ("digits", "inception")
+"""Extractors that are no code or file of somebody's."""
+PORTABLE = ("run.name", "run.seed", "data.latent_shape", "data.num_classes", "model.", "objective.", "optimizer.",
+            "train.", "sampler.", "evaluation.every", "evaluation.samples")  # fmt: skip
+"""What a config says of a model, and not of the machine and the places of whoever trained it."""
+
+
+def portable_config(config: Config) -> Config:
+    """What a config says of its model: all that leaves with an export, and all that is taken from somebody else's.
+
+    The keys are named, so that a new option stays out until somebody puts it in.
+    """
+    values = {key: value for key, value in flatten(given(config), Config).items() if key.startswith(PORTABLE)}
+    if config.evaluation.extractor in PACKAGED_EXTRACTORS:
+        values["evaluation.extractor"] = config.evaluation.extractor
+    return layered(Config, (values, "the config"))
+
+
+def read_config(path: Path) -> Config:
+    """The config that a run, a checkpoint or an export keeps of itself.
+
+    Raises:
+        ConfigError: it cannot be read, or a value in it is wrong.
+    """
+    try:
+        content = read_bounded(path, MOST_YAML_BYTES)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path} cannot be read ({reason}); restore it, or use another checkpoint.") from None
+    return parse_document(Config, content, str(path))

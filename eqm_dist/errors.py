@@ -5,11 +5,16 @@ traceback and leave with ``exit_code``. Errors cross process borders (a Ray work
 so each is made of its message alone and pickles as it is.
 """
 
+from eqm_dist.redaction import redacted
+
 
 class EqmDistError(Exception):
-    """Base of all errors with a sentence for the user."""
+    """Base of all errors with a sentence for the user, in which the secrets of URLs are blotted out."""
 
     exit_code = 1
+
+    def __init__(self, sentence: str = "") -> None:
+        super().__init__(redacted(sentence))
 
 
 class UserError(EqmDistError):

@@ -7,18 +7,20 @@ OUT/README.md           the model card
 OUT/samples.png         the run's own picture at that step, if it drew one
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 
-from eqm_dist.config import SamplerConfig
+from eqm_dist.config import SamplerConfig, portable_config
 from eqm_dist.data.manifest import read_manifest
 from eqm_dist.derived import derive
+from eqm_dist.documents import to_json
 from eqm_dist.errors import ConfigError
-from eqm_dist.options import to_yaml, with_overrides
+from eqm_dist.evaluate.extractors import is_file_name
+from eqm_dist.models.autoencoder import is_hub_id
+from eqm_dist.options import to_yaml
 from eqm_dist.pretrained import DESCRIPTION_FILE, WEIGHTS_FILE, Pretrained
 from eqm_dist.provenance import provenance
 from eqm_dist.run_directory import CONFIG_FILE, MANIFEST_FILE, METRICS_FILE, SAMPLES, picture_name
@@ -28,7 +30,6 @@ from eqm_dist.train.engine import WEIGHT
 
 CARD_FILE = "README.md"
 PICTURE_FILE = "samples.png"
-_UNSET = {"data.cache_dir": None, "data.cache_gib": None, "data.deadline_s": None, "track.mlflow_uri": None}
 
 
 def export(model: Pretrained, out: Path, *, license: str | None = None) -> Path:
@@ -53,18 +54,17 @@ def export(model: Pretrained, out: Path, *, license: str | None = None) -> Path:
     if picture is not None:
         with storage_errors("write", out / PICTURE_FILE):
             shutil.copyfile(picture, out / PICTURE_FILE)
-    # Where this machine keeps things is nobody else's matter.
-    config = with_overrides(model.config, {"run.root": None, "data.shards": None, "data.mix": [], **_UNSET})
-    atomic_write(out / CONFIG_FILE, to_yaml(config).encode())
+    # Where this machine keeps things, and who keeps its records, is nobody else's matter.
+    atomic_write(out / CONFIG_FILE, to_yaml(portable_config(model.config)).encode())
     description = {
         "step": model.step,
         "autoencoder_id": model.autoencoder_id,
-        "autoencoder_location": model.autoencoder_location,
+        "autoencoder_location": model.autoencoder_location if is_hub_id(model.autoencoder_location) else None,
         "class_names": model.class_names,
         "weights_sha256": model.sha256,
         **provenance(),
     }
-    atomic_write(out / DESCRIPTION_FILE, (json.dumps(description, indent=1) + "\n").encode())
+    atomic_write(out / DESCRIPTION_FILE, (to_json(description, 1) + "\n").encode())
     atomic_write(out / CARD_FILE, model_card(model, license, picture is not None).encode())
     weights = {name: tensor.contiguous() for name, tensor in model.weights.items()}
     atomic_write(out / WEIGHTS_FILE, safetensors.torch.save(weights, {"format": "pt"}))
@@ -105,7 +105,8 @@ def model_card(model: Pretrained, license: str | None = None, picture: bool = Fa
             "|---|---|",
         ]
         lines += [f"| {name.removeprefix('eval/')} | {value:.4g} |" for name, value in sorted(metrics.items())]
-        lines += ["", f"Extractor: {model.config.evaluation.extractor}.", ""]
+        extractor = model.refused.get("evaluation.extractor", model.config.evaluation.extractor)
+        lines += ["", f"Extractor: {Path(extractor).name if is_file_name(extractor) else extractor}.", ""]
     lines += [
         "## Use", "", "```python", "import eqm_dist", "", 'model = eqm_dist.load("path/to/this/directory")',
         "images = model.sample(labels=[0], seed=0)  # [1, H, W, C] uint8", "```", "",
@@ -123,7 +124,7 @@ def _metrics(model: Pretrained) -> dict[str, float]:
     """What the run measured at that very step."""
     if model.run is None:
         return {}
-    lines = (line for line in read_metrics(model.run / METRICS_FILE) if line["step"] == model.step)
+    lines = (line for line in read_metrics(model.run / METRICS_FILE) if line.get("step") == model.step)
     return {name: value for line in lines for name, value in line.items() if name.startswith("eval/")}
 
 
@@ -137,4 +138,5 @@ def _data(model: Pretrained) -> dict[str, Any]:
 def _picture(model: Pretrained) -> Path | None:
     if model.run is None or model.step is None:
         return None
-    return next(iter((model.run / SAMPLES).glob(picture_name("samples", model.step))), None)
+    picture = model.run / SAMPLES / picture_name("samples", model.step)
+    return picture if picture.is_file() else None

@@ -5,24 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from eqm_dist.build import OpenRun
-from eqm_dist.config import Config
-from eqm_dist.errors import CheckpointError, ConfigError, DamagedCheckpointError
-from eqm_dist.options import parse
-from eqm_dist.run_directory import CHECKPOINTS, CONFIG_FILE
+from eqm_dist.config import Config, read_config
+from eqm_dist.errors import CheckpointError, ConfigError
+from eqm_dist.run_directory import CHECKPOINTS, CONFIG_FILE, set_aside_step, step_in
 from eqm_dist.storage.files import storage_errors, whole_file
 from eqm_dist.train.checkpoint import (
-    EMA_FILE,
     MARKER,
     Checkpoints,
+    contents_of,
     read_marker,
-    read_pieces,
     read_whole,
-    step_of,
     verify_file,
 )
 from eqm_dist.train.engine import WEIGHT
@@ -34,15 +29,18 @@ class Entry:
     """One directory of ``checkpoints/``.
 
     Attributes:
-        step: its step.
-        condition: whole (as far as names and sizes tell), unfinished, damaged, or set aside.
+        name: of the directory.
+        step: its step; None where the name is not one of ours.
+        condition: whole (as far as names and sizes tell), unfinished, damaged, set aside, or somebody's own, which is
+            left alone.
         size: bytes of its files.
         writers: ranks that wrote it; 0 if unknown.
         fid: of its EMA, if it was evaluated.
         kept: the rules that keep it.
     """
 
-    step: int
+    name: str
+    step: int | None
     condition: str
     size: int
     writers: int = 0
@@ -59,18 +57,20 @@ def entries(run: Path) -> list[Entry]:
     opened = OpenRun(_config(run), run, None)
     kept, results = opened.checkpoints.kept(opened.checkpoints.steps()), opened.evaluations.results()
     found = []
-    for path in sorted((run / CHECKPOINTS).glob("*step_*")):
-        name = path.name.removeprefix("damaged-").partition(".")[0]
-        step, size = step_of(name), sum(file.stat().st_size for file in path.iterdir())
-        if name != path.name:
-            found.append(Entry(step, "set aside", size))
+    places = [path for path in (run / CHECKPOINTS).iterdir() if path.is_dir()] if (run / CHECKPOINTS).is_dir() else []
+    for path in sorted(places):
+        name, size = path.name, sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+        step = step_in(name)
+        if step is None:
+            aside = set_aside_step(name)
+            found.append(Entry(name, aside, "your own" if aside is None else "set aside", size))
         elif not (path / MARKER).exists():
-            found.append(Entry(step, "unfinished", size))
+            found.append(Entry(name, step, "unfinished", size))
         else:
             condition, writers = _condition(path)
             fid = results.get(step, {}).get("metrics", {}).get(SCORE)
-            found.append(Entry(step, condition, size, writers, fid, kept.get(step, ())))
-    return sorted(found, key=lambda entry: entry.step)
+            found.append(Entry(name, step, condition, size, writers, fid, kept.get(step, ())))
+    return sorted(found, key=lambda entry: (entry.step is None, entry.step or 0, entry.name))
 
 
 def table(found: Sequence[Entry]) -> str:
@@ -78,7 +78,8 @@ def table(found: Sequence[Entry]) -> str:
     rows = [("step", "condition", "MiB", "writers", "FID", "kept as")]
     for entry in found:
         fid = "" if entry.fid is None else f"{entry.fid:.3f}"
-        rows.append((f"{entry.step:,}", entry.condition, f"{entry.size / 2**20:,.1f}", str(entry.writers or ""), fid,
+        step = entry.name if entry.step is None else f"{entry.step:,}"
+        rows.append((step, entry.condition, f"{entry.size / 2**20:,.1f}", str(entry.writers or ""), fid,
                      ", ".join(entry.kept)))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     left = (1, 5)
@@ -114,33 +115,12 @@ def verify(checkpoint: Path) -> str:
     marker = read_marker(checkpoint)
     for name in marker["files"]:
         verify_file(checkpoint, name, marker)
-    try:
-        pieces = read_pieces(checkpoint, marker["files"])
-        with safe_open(checkpoint / EMA_FILE, framework="pt") as ema:
-            shapes = {name: torch.Size(ema.get_slice(name).get_shape()) for name in ema.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DamagedCheckpointError(f"The checkpoint {checkpoint} cannot be read ({error}).") from error
-    states = sorted({state for state, _ in pieces})
-    trained = sorted({name for _, name in pieces})
-    for state in states:
-        for name in trained:
-            end = 0
-            for piece in sorted(pieces[state, name], key=lambda piece: piece.start):
-                if piece.start != end:
-                    raise DamagedCheckpointError(
-                        f"{checkpoint} must hold every element of every state once, but of {state} of {name} it has"
-                        f" {'two of' if piece.start < end else 'none of'} element {min(piece.start, end):,}."
-                    )
-                end += piece.numel
-            if name not in shapes or end != shapes[name].numel():
-                raise DamagedCheckpointError(
-                    f"{checkpoint} has {end:,} elements of {state} of {name}, and {EMA_FILE} has"
-                    f" {shapes[name].numel() if name in shapes else 0:,}."
-                )
+    contents = contents_of(checkpoint, marker)
+    elements = sum(contents.shapes[name].numel() for name in contents.trained)
     size = sum(record["bytes"] for record in marker["files"].values())
-    elements = sum(shapes[name].numel() for name in trained)
     return (
-        f"{len(marker['files'])} files, {size / 2**20:,.1f} MiB, {', '.join(states)} of {len(trained)} trained"
+        f"{len(marker['files'])} files, {size / 2**20:,.1f} MiB, {', '.join(contents.states)} of"
+        f" {len(contents.trained)} trained"
         f" parameters ({elements:,} elements)"
     )
 
@@ -164,7 +144,7 @@ def _config(run: Path) -> Config:
     file = run / CONFIG_FILE
     if not file.exists():
         raise ConfigError(f"A run must be a directory with {CONFIG_FILE}, and {run} has none; correct the path.")
-    return parse(Config, yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+    return read_config(file)
 
 
 def _condition(path: Path) -> tuple[str, int]:

@@ -3,7 +3,6 @@
 Workers start from the ``OpenRun`` that comes out; nothing here is done twice.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -13,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from eqm_dist.build import OpenRun, build_autoencoder, build_mirror
+from eqm_dist.build import OpenRun, build_autoencoder, build_mirror, check_evaluated_samples
 from eqm_dist.config import Config
 from eqm_dist.data.manifest import Manifest, read_manifest
 from eqm_dist.data.shards import digits_shards
+from eqm_dist.documents import mapping_from_json
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.extractors import is_file_name, load_extractor
+from eqm_dist.evaluate.metrics import FEWEST_HALVED
+from eqm_dist.evaluate.statistics import check_count, extract, parts_of
+from eqm_dist.metric_settings import DEFAULT_SETTINGS
 from eqm_dist.options import (
     Place,
     Resumable,
@@ -29,7 +31,7 @@ from eqm_dist.options import (
     given,
     keys_with,
     layered,
-    parse,
+    parse_document,
     required,
     shown,
     to_yaml,
@@ -144,9 +146,24 @@ def _check_data(config: Config, manifest: Manifest, location: str) -> None:
             " set data.flip=false or prepare them with --mirror."
         )
     if config.evaluation.every:
+        check_evaluated_samples(config)
+        _check_real_images(config, manifest, location)
         # A decoder that is gone, or an extractor of other images, fails now and not at the first evaluation.
         image = build_autoencoder(manifest).decode(torch.zeros(1, *manifest.latent_shape))
-        load_extractor(config.evaluation.extractor, config.evaluation.extractor_weights)(image)
+        extractor = load_extractor(config.evaluation.extractor, config.evaluation.extractor_weights)
+        extract(extractor, image, {part.split(".")[0] for part in parts_of(config.evaluation.metrics)})
+
+
+def _check_real_images(config: Config, manifest: Manifest, location: str) -> None:
+    """Whether the data set has enough images for the metrics, and for the yardstick, which halves them.
+
+    Raises:
+        DataError: they are too few.
+    """
+    count, remedy = manifest.num_samples, f"train on more than {location}, or set evaluation.every=0"
+    check_count(config.evaluation.metrics, DEFAULT_SETTINGS, count, side="real images", remedy=remedy)
+    if count < FEWEST_HALVED:
+        raise DataError(f"The yardstick of the FID needs at least {FEWEST_HALVED} real images, got {count}; {remedy}.")
 
 
 def _fetch(opened: OpenRun, mirror: Mirror, newer: Sequence[str]) -> None:
@@ -155,7 +172,12 @@ def _fetch(opened: OpenRun, mirror: Mirror, newer: Sequence[str]) -> None:
     if not record.exists() and mirror.reports.size(MLFLOW_FILE) is not None:
         content = mirror.reports.read(MLFLOW_FILE)
         # An MLflow store in a file is lost with its machine; a server goes on with the same MLflow run.
-        if not json.loads(content)["tracking_uri"].startswith("sqlite:"):
+        try:
+            recorded = str(mapping_from_json(content)["tracking_uri"])
+        except (ValueError, KeyError) as error:
+            where = f"{mirror.reports.url}/{MLFLOW_FILE}"
+            raise DataError(f"{where} must say where the run is recorded ({error!r}); restore or delete it.") from None
+        if not recorded.startswith("sqlite:"):
             LocalFolder(opened.directory).write(MLFLOW_FILE, content)
     mirror.fetch(newer)
 
@@ -179,7 +201,7 @@ class _Begun:
         if not begun or self.place.size(CONFIG_FILE) is None:
             return None
         where = f"{self.place.url}/{CONFIG_FILE}"
-        return parse(Config, yaml.safe_load(self.place.read(CONFIG_FILE)), where)
+        return parse_document(Config, self.place.read(CONFIG_FILE), where)
 
     def go_on(self, config: Config) -> Config:
         """The config with what nobody gives now as it was at the start.
@@ -212,7 +234,14 @@ class _Begun:
         name = manifest_file(number)
         if self.config is None or self.place.size(name) is None:
             return
-        if Manifest.model_validate_json(self.place.read(name)) != manifest:
+        try:
+            before = Manifest.model_validate_json(self.place.read(name))
+        except ValueError as error:
+            raise DataError(
+                f"{self.place.url}/{name} must be the manifest of the run's data, and is damaged"
+                f" ({next(iter(str(error).splitlines()))}); restore it."
+            ) from None
+        if before != manifest:
             raise DataError(
                 f"The shards in {location} are not those that the run {config.run.name} started with; restore"
                 " them, or start another run with --run.name."

@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, cast
 
 import yaml
@@ -28,7 +29,9 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from eqm_dist.documents import MOST_YAML_BYTES, from_yaml, read_bounded
 from eqm_dist.errors import ConfigError
+from eqm_dist.redaction import RULE, holds_secret
 
 V = TypeVar("V")
 
@@ -102,6 +105,14 @@ class Section(BaseModel):
         # To pydantic true is 1 and false is 0; in YAML yes, no, on and off are booleans too.
         if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
             raise ValueError(f"should not be true or false, got {value}")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_secret(cls, value: Any) -> Any:
+        # What an option holds is written to config.yaml, to every checkpoint and to MLflow.
+        if isinstance(value, str) and holds_secret(value):
+            raise ValueError(RULE)
         return value
 
     @model_validator(mode="after")
@@ -332,6 +343,21 @@ def parse(section: type[T], values: Mapping[str, Any], source: str = "the config
         raise ConfigError(_sentence(section, error, {}, [source])) from None
 
 
+def parse_document(section: type[T], content: bytes, source: str) -> T:
+    """Validate the YAML that ``to_yaml`` wrote, wherever it has been since.
+
+    Raises:
+        ConfigError: it is damaged, or a value in it is wrong.
+    """
+    try:
+        values = from_yaml(content)
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds {type(values).__name__} instead of sections")
+    except ValueError as error:
+        raise ConfigError(f"{source} must hold the options of a run, and is damaged ({error}); restore it.") from None
+    return parse(section, cast("dict[str, Any]", values), source)
+
+
 def with_overrides(config: T, overrides: Mapping[str, Any], source: str = "the overrides") -> T:
     """A copy of ``config`` with dotted keys set, validated as a whole.
 
@@ -355,10 +381,12 @@ def layered(section: type[T], *layers: Layer) -> T:
     """
     values: dict[str, Any] = {}
     givers: dict[str, int] = {}
-    known = list(_prefixes(section))
+    known, required_sections = list(_prefixes(section)), set(_required_sections(section))
     places = {key.rpartition(".")[0] for key in known}
     for number, (layer, source) in enumerate(layers):
         for key, value in flatten(layer, section).items():
+            if value is None and key in required_sections:
+                continue  # in YAML a section whose lines are all commented out
             parent, _, name = key.rpartition(".")
             if parent not in places or key != (f"{parent}.{name}" if parent else name):
                 raise ConfigError(_unknown(section, key, source))
@@ -384,19 +412,17 @@ def _gives_way(key: str, because: Collection[str], givers: Mapping[str, int]) ->
 
 
 def read_yaml(path: str, section: type[BaseModel]) -> dict[str, Any]:
-    """The dotted keys that a YAML file sets.
+    """The dotted keys that a YAML file sets; an empty section sets none.
 
     Raises:
         ConfigError: no such file, no YAML, or not a mapping.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
+        values = from_yaml(read_bounded(Path(path), MOST_YAML_BYTES))
     except OSError as error:
         raise ConfigError(f"--config must name a readable YAML file, got {path} ({error.strerror}).") from None
-    except yaml.YAMLError as error:
-        line = " ".join(str(error).split())
-        raise ConfigError(f"--config must name a YAML file, and {path} is not valid YAML: {line}.") from None
+    except ValueError as error:
+        raise ConfigError(f"--config must name a YAML file, and {path} is not valid YAML: {error}.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--config must name a YAML file of sections, and {path} holds {type(values).__name__}.")
     return flatten(cast("dict[str, Any]", values), section)
@@ -417,6 +443,15 @@ def _prefixes(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{name}"
         if (inner := _section_type(field.annotation)) is not None:
             yield from _prefixes(inner, f"{prefix}{name}.")
+
+
+def _required_sections(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The dotted keys of sections that cannot be null."""
+    for name, field in section.model_fields.items():
+        if (inner := _section_type(field.annotation)) is not None:
+            if type(None) not in typing.get_args(field.annotation):
+                yield f"{prefix}{name}"
+            yield from _required_sections(inner, f"{prefix}{name}.")
 
 
 def _without_effect(section: type[BaseModel], error: ValidationError) -> Iterator[tuple[str, set[str]]]:

@@ -4,11 +4,9 @@ model = eqm_dist.load("runs/digits")
 images = model.sample(labels=[3, 1, 4])  # [3, 8, 8, 1] uint8
 """
 
-import argparse
 import hashlib
-import json
 import math
-import pickle
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,25 +15,25 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from eqm_dist.build import build_field, build_model, build_sampling_method
-from eqm_dist.config import SIZES, Config
+from eqm_dist.config import SIZES, Config, portable_config, read_config
 from eqm_dist.core.guidance import TimedField
 from eqm_dist.data.loader import ShardReader
 from eqm_dist.data.manifest import Manifest, read_manifest
+from eqm_dist.derived import derive
+from eqm_dist.documents import mapping_from_json, read_bounded
 from eqm_dist.errors import CheckpointError, ConfigError, DataError
 from eqm_dist.evaluate.generate import Generated, generate, warn_of_failures
-from eqm_dist.models.autoencoder import Autoencoder, load_autoencoder, mean_latents
+from eqm_dist.models.autoencoder import Autoencoder, IdentityAutoencoder, is_hub_id, load_autoencoder, mean_latents
 from eqm_dist.models.sit import SiT
-from eqm_dist.options import Layer, given, layered, parse, with_overrides
-from eqm_dist.run_directory import CHECKPOINTS, CONFIG_FILE, MANIFEST_FILE
+from eqm_dist.models.weights import read_safetensors, read_weights
+from eqm_dist.options import Layer, flatten, given, layered, with_overrides
+from eqm_dist.run_directory import CHECKPOINTS, CONFIG_FILE, MANIFEST_FILE, METRICS_FILE, SAMPLES, picture_name
 from eqm_dist.runs import runs_root
 from eqm_dist.storage.location import local_path
-from eqm_dist.train.checkpoint import MARKER, Checkpoints, read_marker, read_whole, verify_file
+from eqm_dist.train.checkpoint import MARKER, Checkpoints, contents_of, read_marker, read_whole, verify_file
 from eqm_dist.train.engine import WEIGHT
 from eqm_dist.train.optimizer import ema_key
 
@@ -57,6 +55,8 @@ class Pretrained:
         class_names: one for each class, or none.
         run: directory of the run it came from, or None.
         state: ``ema_DECAY`` or ``weight``; None if unknown.
+        own: whether it lies among the user's own runs, so that its config is the user's word.
+        refused: what the config of another model names and only the user can decide, by key.
     """
 
     config: Config
@@ -68,6 +68,8 @@ class Pretrained:
     class_names: tuple[str, ...] = ()
     run: Path | None = None
     state: str | None = None
+    own: bool = True
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def sample(
         self,
@@ -174,9 +176,7 @@ class Pretrained:
             ConfigError: the model does not say what it was trained on.
             DataError: the shards are missing or of other latents.
         """
-        location = shards or self.config.data.shards
-        if location is None:
-            raise ConfigError(f"{self.source} does not say what it was trained on; add --shards.")
+        location = shards or self.training_data("--shards")
         reader = ShardReader(location)
         manifest = reader.manifest
         if manifest.latent_shape != self.config.data.latent_shape:
@@ -188,6 +188,34 @@ class Pretrained:
         moments, labels = reader.read(np.arange(count) * manifest.num_samples // count)
         latents = mean_latents(moments[:, 0].float().to(device), manifest.latent_scale, manifest.latent_shift)
         return latents, labels
+
+    def training_data(self, flag: str) -> str:
+        """Where the data lies that it was trained on; ``flag`` is how a user names other data.
+
+        Raises:
+            ConfigError: it does not say, or is not the user's own.
+        """
+        if self.config.data.shards is not None:
+            return self.config.data.shards
+        if "data.shards" in self.refused:
+            raise ConfigError(self._not_taken("data.shards", flag))
+        raise ConfigError(f"{self.source} does not say what it was trained on; add {flag}.")
+
+    def extractor(self, flag: str) -> tuple[str, str | None]:
+        """The extractor of its training and the file of its weights; ``flag`` is how a user names another one.
+
+        Raises:
+            ConfigError: it is code or a file that a model of somebody else names.
+        """
+        if "evaluation.extractor" in self.refused:
+            raise ConfigError(self._not_taken("evaluation.extractor", flag))
+        return self.config.evaluation.extractor, self.config.evaluation.extractor_weights
+
+    def _not_taken(self, key: str, flag: str) -> str:
+        return (
+            f"{self.source} is not among your runs, so {key}={self.refused[key]} in its config is not taken; add"
+            f" {flag}, or name the directory of your runs with --run.root if it is yours."
+        )
 
     @property
     def name(self) -> str:
@@ -202,6 +230,12 @@ class Pretrained:
         Raises:
             CheckpointError: they are not of the model that the config describes.
         """
+        held, named = sum(tensor.numel() for tensor in self.weights.values()), derive(self.config).parameters
+        if named > held:  # nothing is allocated for what a config only claims
+            raise CheckpointError(
+                f"The weights in {self.source} must be those of the config beside them, which has {named:,} parameters,"
+                f" and they have {held:,}; use files of one run."
+            )
         model = build_model(self.config)
         try:
             model.load_state_dict(dict(self.weights))
@@ -225,7 +259,37 @@ class Pretrained:
                 " (--autoencoder): identity, a folder that diffusers wrote, or a hub id like"
                 " stabilityai/sd-vae-ft-ema."
             )
-        return load_autoencoder(self.autoencoder_location, self.autoencoder_id)
+        if self.autoencoder_location is None and self.autoencoder_id != IdentityAutoencoder.id:
+            raise DataError(
+                f"{self.source} makes latents of the autoencoder {self.autoencoder_id}, and does not say where that is;"
+                " name it with autoencoder (--autoencoder): a folder that diffusers wrote, or a hub id."
+            )
+        if not self.own and not is_hub_id(self.autoencoder_location):
+            raise DataError(
+                f"{self.source} is not among your runs, so the folder {self.autoencoder_location} that it names is not"
+                " read; name the autoencoder with autoencoder (--autoencoder)."
+            )
+        found = load_autoencoder(self.autoencoder_location, self.autoencoder_id)
+        channels, known = self.config.data.latent_shape[0], found.latent_channels
+        if known not in (None, channels):
+            raise DataError(
+                f"The autoencoder {found.id} has latents of {known} channels, and the model in {self.source} makes"
+                f" {channels}; name the one that it was trained with (--autoencoder)."
+            )
+        return found
+
+    def require_pictures(self) -> None:
+        """Fail now, and not after the work, where its images could not be written as pictures.
+
+        Raises:
+            DataError: they are not grey or RGB, or no autoencoder is known.
+        """
+        channels = self.config.data.latent_shape[0]
+        if self.autoencoder.id == IdentityAutoencoder.id and channels not in (1, 3):
+            raise DataError(
+                f"Pictures are grey or RGB, and the model in {self.source} makes {channels} channels that no"
+                " autoencoder decodes; name its autoencoder with --autoencoder."
+            )
 
     @cached_property
     def sha256(self) -> str:
@@ -244,37 +308,43 @@ def load(
     autoencoder: str | None = None,
     ema: float | Literal["none"] | None = None,
     overrides: Mapping[str, Any] | Sequence[Layer] = (),
+    root: str | Path | None = None,
 ) -> Pretrained:
-    """Load EMA weights.
+    """Load EMA weights. Nothing in the files is executed.
+
+    A model in the directory of your runs is yours. Of any other, its config decides the model, the objective and the
+    sampler, and nothing else: no extractor but digits and inception, no data, no tracking, no paths.
 
     Args:
         location: a run directory (its newest whole checkpoint), a checkpoint, a directory of ``pipelines/export.py``,
             or a file of weights under the official names: ``.pt`` of the official EqM or SiT code, or
-            ``.safetensors``. Of a file, sizes are read off the weights; nothing in it is executed. None for the newest
-            run in runs/.
+            ``.safetensors``. Of a file, sizes are read off the weights. None for the newest run in ``root``.
         autoencoder: what decodes the latents, where the files do not say, or another place for it: ``identity``, a
             folder that diffusers wrote, or a hub id.
         ema: of a run or checkpoint, another of ``optimizer.ema_decays`` than the first, or "none" for the weights
             as they are.
         overrides: config keys to change, such as ``{"objective.kind": "flow_matching"}`` for a SiT file; or several
             layers of them (``options.layered``).
+        root: the directory of your runs; default runs/ here.
 
     Raises:
         CheckpointError: there is nothing to load there, or it is damaged.
         ConfigError: an override that cannot be.
     """
-    path = newest_run() if location is None else local_path(location)
+    runs = runs_root(None if root is None else str(root))
+    path = newest_run(runs) if location is None else local_path(location)
+    own = is_own(path, runs)
     layers = [(overrides, "the overrides")] if isinstance(overrides, Mapping) else list(overrides)
     if ema is not None and (path.is_file() or (path / WEIGHTS_FILE).exists()):
         raise ConfigError(f"Only runs and checkpoints hold several EMAs, and {path} is neither; leave out ema.")
     if path.is_file():
         loaded = _file(path, layers)
     elif (path / WEIGHTS_FILE).exists():
-        loaded = _export(path, layers)
+        loaded = _export(path, layers, own)
     elif (path / MARKER).exists():
-        loaded = _checkpoint(path, ema, layers)
+        loaded = _checkpoint(path, ema, layers, own)
     elif latest := Checkpoints(path / CHECKPOINTS, keep=1).latest():
-        loaded = _checkpoint(latest, ema, layers)
+        loaded = _checkpoint(latest, ema, layers, own)
     else:
         raise CheckpointError(
             "A model must be a run directory with a whole checkpoint, a checkpoint, a directory of pipelines/export.py"
@@ -287,6 +357,31 @@ def load(
     return loaded
 
 
+def is_own(path: Path, runs: Path) -> bool:
+    """Whether what lies there is the user's own: in the directory of the runs, by its name or where links lead."""
+    return Path(os.path.normpath(path)).is_relative_to(runs) or path.resolve().is_relative_to(runs.resolve())
+
+
+def _within(place: Path, own: bool, *names: str | Path) -> None:
+    """Refuse files of somebody else's model that are none, or that a link leads out of its directory for.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    if own:
+        return
+    root = place.resolve()
+    # In the cache of the hub a snapshot is made of links to the blobs of its repository.
+    roots = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
+    for name in names:
+        found = (place / name).resolve()
+        if not any(found.is_relative_to(each) for each in roots) or (found.exists() and not found.is_file()):
+            raise CheckpointError(
+                f"The files of a model from elsewhere must lie in its directory, and {place / name} is a link out of it"
+                f" or no file; replace it by a file."
+            )
+
+
 def newest_run(root: Path | None = None) -> Path:
     """The run in ``root``, by default runs/ here, that was saved last: what commands take by default.
 
@@ -294,19 +389,27 @@ def newest_run(root: Path | None = None) -> Path:
         CheckpointError: there is none.
     """
     root = root or runs_root()
-    markers = list(root.glob(f"*/{CHECKPOINTS}/step_*/{MARKER}"))
+    runs = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    markers = [latest / MARKER for run in runs if (latest := Checkpoints(run / CHECKPOINTS, keep=1).latest())]
     if not markers:
         raise CheckpointError(f"There is no run with a checkpoint in {root}; train one with `make train`.")
     return max(markers, key=lambda marker: marker.stat().st_mtime).parents[2]
 
 
-def _checkpoint(path: Path, ema: float | Literal["none"] | None, layers: Sequence[Layer]) -> Pretrained:
+def _checkpoint(path: Path, ema: float | Literal["none"] | None, layers: Sequence[Layer], own: bool) -> Pretrained:
+    run = path.parent.parent if path.parent.name == CHECKPOINTS else None  # else a copy that stands alone
+    place = run or path
+    _within(place, own, (path / MARKER).relative_to(place))
     marker = read_marker(path)
+    _within(place, own, *((path / name).relative_to(place) for name in marker["files"]))
+    contents_of(path, marker)
     verify_file(path, CONFIG_FILE, marker)
-    config = _config(path / CONFIG_FILE, layers)
+    config, refused = _config(path / CONFIG_FILE, layers, own)
     state = WEIGHT if ema == "none" else ema_key(ema or config.optimizer.ema_decays[0])
-    run = path.parent.parent
-    manifest = read_manifest(run) if (run / MANIFEST_FILE).exists() else None
+    manifest = None
+    if run is not None:
+        _within(run, own, MANIFEST_FILE, METRICS_FILE, f"{SAMPLES}/{picture_name('samples', marker['step'])}")
+        manifest = read_manifest(run) if (run / MANIFEST_FILE).exists() else None
     return Pretrained(
         config=config,
         weights=read_whole(path, None if ema is None else state),
@@ -314,6 +417,8 @@ def _checkpoint(path: Path, ema: float | Literal["none"] | None, layers: Sequenc
         step=marker["step"],
         state=state,
         run=run,
+        own=own,
+        refused=refused,
         **_of_manifest(manifest),
     )
 
@@ -328,59 +433,49 @@ def _of_manifest(manifest: Manifest | None) -> dict[str, Any]:
     }
 
 
-def _export(path: Path, layers: Sequence[Layer]) -> Pretrained:
+def _export(path: Path, layers: Sequence[Layer], own: bool) -> Pretrained:
+    _within(path, own, DESCRIPTION_FILE, CONFIG_FILE, WEIGHTS_FILE)
     try:
-        description = json.loads((path / DESCRIPTION_FILE).read_bytes())
+        description = mapping_from_json(read_bounded(path / DESCRIPTION_FILE))
         fields = {name: description[name] for name in ("step", "autoencoder_id", "autoencoder_location")}
         names = tuple(description["class_names"])
+        kinds = {"step": int, "autoencoder_id": str, "autoencoder_location": str}
+        wrong = [name for name, value in fields.items() if value is not None and type(value) is not kinds[name]]
+        if wrong or not all(isinstance(name, str) and name.isprintable() for name in names):
+            raise ValueError(f"{wrong[0] if wrong else 'a class name'} is of another kind")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path / DESCRIPTION_FILE} must be the file that pipelines/export.py wrote, and cannot be read as one"
             f" ({error!r}); export again."
         ) from None
+    config, refused = _config(path / CONFIG_FILE, layers, own)
     return Pretrained(
-        config=_config(path / CONFIG_FILE, layers),
-        weights=_safetensors(path / WEIGHTS_FILE),
+        config=config,
+        weights=read_safetensors(path / WEIGHTS_FILE),
         source=str(path),
         class_names=names,
+        own=own,
+        refused=refused,
         **fields,
     )
 
 
-def _config(path: Path, layers: Sequence[Layer]) -> Config:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({' '.join(str(error).split())}); restore it, or use another checkpoint."
-        ) from None
-    return layered(Config, (given(parse(Config, values, str(path))), str(path)), *layers)
-
-
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); restore it, or use another file.") from None
+def _config(path: Path, layers: Sequence[Layer], own: bool) -> tuple[Config, dict[str, str]]:
+    """The config of a model, and what it names that is not taken from the model of somebody else."""
+    config, refused = read_config(path), dict[str, str]()
+    if not own:
+        portable = portable_config(config)
+        named = {"evaluation.extractor": config.evaluation.extractor, "data.shards": config.data.shards}
+        taken = {"evaluation.extractor": portable.evaluation.extractor, "data.shards": None}
+        said = {key for layer, _ in layers for key in flatten(layer, Config)}
+        refused = {key: value for key, value in named.items() if value not in (None, taken[key]) and key not in said}
+        config = portable
+    return layered(Config, (given(config), str(path)), *layers), refused
 
 
 def _file(path: Path, layers: Sequence[Layer]) -> Pretrained:
     """Bare weights under the official names; of the official ``.pt`` the EMA."""
-    if path.suffix == ".safetensors":
-        weights = _safetensors(path)
-    else:
-        try:
-            # Official checkpoints hold their arguments as a Namespace; nothing but that and tensors is let in.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise CheckpointError(
-                f"{path} must be a file of weights that torch.save wrote, and cannot be read as one without executing"
-                f" what is in it ({' '.join(str(error).split())[:200]}); convert it to .safetensors where you trust it."
-            ) from None
-        content = content if isinstance(content, Mapping) else {}
-        weights = content.get("ema", content.get("model", content))
-    weights = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
+    weights = read_weights(path)
     return Pretrained(config=_config_of(weights, layers, path), weights=weights, source=str(path))
 
 
@@ -391,8 +486,11 @@ def _config_of(weights: Mapping[str, Tensor], layers: Sequence[Layer], path: Pat
         side = math.isqrt(weights["pos_embed"].shape[1]) * patch_size
         num_classes = weights["y_embedder.embedding_table.weight"].shape[0] - 1
         outputs = weights["final_layer.linear.weight"].shape[0] // patch_size**2
-        depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-    except (KeyError, ValueError) as error:
+        blocks = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
+        depth = len(blocks)
+        if blocks != set(range(depth)):  # a name alone must not make a model of 200,000 blocks
+            raise ValueError(f"its {depth:,} blocks have numbers up to {max(blocks):,}")
+    except (LookupError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(
             f"{path} must hold the weights of a SiT backbone under the official names, and does not ({error!r});"
             " use a checkpoint of EqM or SiT."

@@ -12,6 +12,10 @@ RUNS/NAME/samples/               a picture for each evaluation
 RUNS/NAME/logs/                  a file for each worker
 """
 
+import os
+import re
+from collections.abc import Iterable
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -30,9 +34,9 @@ LOGS = "logs"
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's own list of checkpoints; it lies there because a run's directory is Ray's too (docs/decisions/0006)."""
 
-REPORTS = (CONFIG_FILE, "manifest*.json", METRICS_FILE, ATTEMPTS_FILE, RESULT_FILE, f"{SAMPLES}/*.png",
-           f"{EVALUATIONS}/step_*.json")  # fmt: skip
-"""What a mirror copies, besides the checkpoints and ``MLFLOW_FILE``, of which it decides by itself."""
+REPORTS = (CONFIG_FILE, "manifest*.json", METRICS_FILE, ATTEMPTS_FILE, RESULT_FILE)
+"""What a mirror copies, besides the results and pictures of steps (``is_report``), the checkpoints and
+``MLFLOW_FILE``, of which it decides by itself."""
 OF_ONE_MACHINE = (
     MLFLOW_FILE,
     LEASE_FILE,
@@ -46,12 +50,15 @@ OF_ONE_MACHINE = (
 
 def is_report(name: str) -> bool:
     """Whether a file is copied to a mirror, by its path in the run directory."""
-    return _matches(name, REPORTS)
+    place, _, file = name.rpartition("/")
+    if place == EVALUATIONS:
+        return result_step(file) is not None
+    return file in _pictures([file]) if place == SAMPLES else _matches(name, REPORTS)
 
 
 def is_known(name: str) -> bool:
     """Whether anything here says what becomes of a file."""
-    return _matches(name, (*REPORTS, *OF_ONE_MACHINE))
+    return is_report(name) or _matches(name, OF_ONE_MACHINE)
 
 
 def manifest_file(number: int) -> str:
@@ -64,6 +71,28 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_in(name: str) -> int | None:
+    """The step of a name that ``step_name`` gives; None for any other, such as that of a copy which a user made.
+
+    Only what has a name of ours is ours: to go on from, to count, to move and to remove.
+    """
+    digits = name.removeprefix("step_")
+    # "²" is a digit too, and "0000000004" a number, but neither is a name that we write.
+    return int(digits) if digits.isdecimal() and len(digits) < 20 and name == step_name(int(digits)) else None
+
+
+def set_aside_step(name: str) -> int | None:
+    """The step of a damaged checkpoint that was set aside: ``damaged-step_00000500``, ``damaged-step_00000500.2``."""
+    found = re.fullmatch(r"damaged-(step_\d+)(\.\d+)?", name)
+    return step_in(found[1]) if found else None
+
+
+def result_step(file: str) -> int | None:
+    """The step of a file in ``EVALUATIONS``; None where it is none of ours."""
+    name, dot, ending = file.partition(".")
+    return step_in(name) if dot + ending == ".json" else None
+
+
 def picture_name(kind: str, step: int) -> str:
     """Name of a picture in ``SAMPLES``: ``samples_step00002000.png``."""
     return f"{kind}_step{step:08d}.png"
@@ -71,7 +100,15 @@ def picture_name(kind: str, step: int) -> str:
 
 def pictures(directory: Path) -> list[Path]:
     """The pictures of a run, in the order of their steps."""
-    return sorted((directory / SAMPLES).glob("*.png"))
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return [directory / SAMPLES / name for name in _pictures(os.listdir(directory / SAMPLES))]
+    return []
+
+
+def _pictures(names: Iterable[str]) -> list[str]:
+    """Those of the names that ``picture_name`` gives, by kind and step."""
+    matches = [found for name in names if (found := re.fullmatch(r"([a-z]+)_step(\d{8,18})\.png", name))]
+    return [found[0] for found in sorted(matches, key=lambda found: (found[1], int(found[2])))]
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

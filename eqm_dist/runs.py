@@ -12,7 +12,7 @@ def runs_root(root: str | None = None) -> Path:
         return local_path(root)
     # Ray unpacks a submitted working directory into a copy that it throws away: runs there would be lost.
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    return Path.home() / "eqm-dist-runs" if in_job else Path.cwd() / "runs"
+    return local_path("~/eqm-dist-runs" if in_job else "runs")
 
 
 def sweep_directory(name: str) -> Path:

@@ -15,13 +15,19 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+import eqm_dist
 from eqm_dist.build import OpenRun, build_model, build_run
 from eqm_dist.config import Config
 from eqm_dist.errors import CheckpointError
+from eqm_dist.inventory import entries, verify
 from eqm_dist.open_run import open_run
+from eqm_dist.options import with_overrides
+from eqm_dist.pretrained import newest_run
+from eqm_dist.run_directory import pictures
 from eqm_dist.track.jsonl import read_metrics
-from eqm_dist.train.checkpoint import EMA_FILE, MARKER, read_marker
+from eqm_dist.train.checkpoint import EMA_FILE, MARKER, Checkpoints, read_marker
 from eqm_dist.train.loop import Run, train
+from eqm_dist.train.mirror import Mirror
 from tests import tiny
 from tests.disk import no_file_larger_than
 from tests.distributed import run_ranks
@@ -280,16 +286,152 @@ def test_a_state_that_is_missing_is_named(missing: str, root: Path, shards: Path
         start(tiny.config(root, shards))
 
 
-def test_a_part_that_is_missing_is_counted(root: Path, shards: Path) -> None:
-    tensors = safetensors.torch.load_file(checkpoint(root, 6) / STATE_FILE)
-    key = "exp_avg/blocks.0.attn.qkv.weight/0"
-    whole = tensors[key].numel()
-    tensors[key] = tensors[key][: whole - 5]
-    replace_states(checkpoint(root, 6), safetensors.torch.save(tensors))
-    with pytest.raises(
-        CheckpointError, match=rf"has {whole - 5:,} of {whole:,} elements of exp_avg of blocks.0.attn.qkv"
-    ):
-        start(tiny.config(root, shards))
+def vouched(directory: Path, file: str, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Change the tensors of a file, under a marker that vouches for them."""
+    tensors = safetensors.torch.load_file(directory / file)
+    change(tensors)
+    content = safetensors.torch.save(tensors)
+    (directory / file).write_bytes(content)
+    record = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    remark(directory, lambda files: files.update({file: record}))
+
+
+def remark(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change what a marker lists."""
+    marker = json.loads((directory / MARKER).read_text())
+    change(marker["files"])
+    (directory / MARKER).write_text(json.dumps(marker))
+
+
+QKV = "blocks.0.attn.qkv.weight"
+
+
+def halved(key: str) -> Callable[[dict[str, Tensor]], None]:
+    """The first half of a parameter twice, and its other half never: as many elements as there should be."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        values = tensors.pop(f"{key}/0")
+        half = len(values) // 2
+        tensors[f"{key}/0"], tensors[f"{key}/00"] = values[:half].clone(), values[:half].clone()
+
+    return change
+
+
+NOT_WHOLE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "states of another dtype": (
+        lambda path: vouched(path, STATE_FILE, lambda found: found.update({k: v.half() for k, v in found.items()})),
+        "must hold fp32 numbers alone, but .* has F16",
+    ),
+    "one number of another dtype": (
+        lambda path: vouched(path, EMA_FILE, lambda found: found.update({QKV: found[QKV].double()})),
+        "must hold fp32 numbers alone, but .* has F64",
+    ),
+    "a range twice and none of the rest": (
+        lambda path: vouched(path, STATE_FILE, halved(f"exp_avg/{QKV}")),
+        f"of exp_avg of {QKV} it has two of element 0",
+    ),
+    "a part is missing": (
+        lambda path: vouched(
+            path, STATE_FILE, lambda found: found.update({f"weight/{QKV}/0": found[f"weight/{QKV}/0"][:-5]})
+        ),
+        f"has 763 elements of weight of {QKV}, and ema.safetensors has 768",
+    ),
+    "a parameter of one state is missing": (
+        lambda path: vouched(path, STATE_FILE, lambda found: found.__delitem__(f"ema_0.99/{QKV}/0")),
+        f"has 0 elements of ema_0.99 of {QKV}, and",
+    ),
+    "an EMA without a parameter": (
+        lambda path: vouched(path, EMA_FILE, lambda found: found.__delitem__(QKV)),
+        f"elements of .* of {QKV}, and ema.safetensors has 0",
+    ),
+    "no EMA": (lambda path: remark(path, lambda files: files.pop(EMA_FILE)), "does not list ema.safetensors"),
+    "no config": (lambda path: remark(path, lambda files: files.pop("config.yaml")), "does not list config.yaml"),
+    "no states": (lambda path: remark(path, lambda files: files.pop(STATE_FILE)), f"does not list {STATE_FILE}"),
+    "a writer is missing": (
+        lambda path: remark(path, lambda files: files.update({STATE_FILE.replace("1.", "2."): files.pop(STATE_FILE)})),
+        f"does not list {STATE_FILE}",
+    ),
+    "another size": (
+        lambda path: remark(path, lambda files: files[EMA_FILE].update({"bytes": 5})),
+        "is damaged: it has .* bytes, its marker says 5",
+    ),
+    "of another place": (
+        lambda path: remark(path, lambda files: files.update({"../../x": files[EMA_FILE]})),
+        "is damaged .*file name",
+    ),
+    "an absolute name": (
+        lambda path: remark(path, lambda files: files.update({"/etc/passwd": files[EMA_FILE]})),
+        "is damaged .*file name",
+    ),
+    "its parent": (lambda path: remark(path, lambda files: files.update({"..": files[EMA_FILE]})), "file name"),
+}
+
+
+@pytest.mark.parametrize("what", NOT_WHOLE)
+def test_who_resumes_verifies_loads_or_fetches_agrees_on_what_is_whole(
+    what: str, root: Path, shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The checksums are right each time."""
+    damage, sentence = NOT_WHOLE[what]
+    damage(checkpoint(root, 6))
+    mirror = tmp_path / "mirror" / "tiny"
+    shutil.copytree(root / "tiny", mirror)
+    for read in (verify, eqm_dist.load):
+        with pytest.raises(CheckpointError, match=sentence):
+            read(checkpoint(root, 6))
+
+    fetched = Checkpoints(tmp_path / "new" / "checkpoints", keep=3)
+    found = Mirror(str(mirror), tmp_path / "new", fetched, None).fetch(["step_00000006", "step_00000004"])
+    assert found == fetched.path(4)
+    assert re.search(sentence, caplog.text)
+    assert not fetched.path(6).exists()
+
+    caplog.clear()
+    assert start(tiny.config(root, shards)).state.step == 4
+    assert re.search(sentence, caplog.text)
+
+
+def test_a_marker_of_another_step_is_damaged(root: Path, shards: Path) -> None:
+    """A checkpoint that was copied over another one."""
+    shutil.rmtree(checkpoint(root, 6))
+    shutil.copytree(checkpoint(root, 2), checkpoint(root, 6))
+    assert start(tiny.config(root, shards)).state.step == 4
+
+
+# --- what a user keeps beside the checkpoints ---
+
+OWN = ["step_00000004_keep", "step_best", "step_00000004.bak", "step_4", "step_0000000004", "step_", "damaged-mine",
+       "step_\u0662\u0662\u0662\u0662\u0662\u0662\u0662\u0662"]  # fmt: skip
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_copies_that_a_user_made_are_left_alone(whole: bool, root: Path, shards: Path, tmp_path: Path) -> None:
+    for name in OWN:
+        shutil.copytree(checkpoint(root, 4), checkpoint(root, 4).with_name(name))
+        if not whole:
+            (checkpoint(root, 4).with_name(name) / MARKER).unlink()
+    for place, file in (("evaluations", "step_00000004_keep.json"), ("evaluations", "step_best.json"),
+                        ("samples", "best.png"), ("samples", "samples_step4.png")):  # fmt: skip
+        (root / "tiny" / place).mkdir(exist_ok=True)
+        (root / "tiny" / place / file).write_bytes(b"mine")
+    mirror = tmp_path / "mirror"
+    shutil.copytree(root / "tiny", mirror / "tiny")
+    config = tiny.config(root, shards, **{"train.steps": 8, "optimizer.schedule": "constant"})
+    run = start(with_overrides(config, {"checkpoint.mirror": str(mirror), "checkpoint.keep": 1}))
+    assert run.state.step == 6
+    train(run)
+    assert run.mirror is not None
+    run.mirror.wait()
+    kept = {"step_00000008", *OWN}
+    for place in (root / "tiny", mirror / "tiny"):
+        assert {path.name for path in (place / "checkpoints").iterdir()} == kept
+        assert (place / "evaluations" / "step_best.json").read_bytes() == b"mine"
+    assert eqm_dist.load(root / "tiny").step == 8
+    assert newest_run(root) == root / "tiny"
+    assert pictures(root / "tiny") == []
+    (root / "tiny" / "config.yaml").write_bytes((checkpoint(root, 8) / "config.yaml").read_bytes())
+    conditions = {entry.name: entry.condition for entry in entries(root / "tiny")}
+    assert conditions == {"step_00000008": "whole", **dict.fromkeys(OWN, "your own")}
 
 
 @pytest.mark.parametrize("content", [b"", b"no safetensors", safetensors.torch.save({"weight": torch.zeros(1)})])

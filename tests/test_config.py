@@ -246,7 +246,10 @@ def test_one_sentence_for_several_wrong_values() -> None:
         ),
         ({"launch.workers": 2, "launch.resize_check_s": 30}, "resize_check_s has no effect without workers as"),
         ({"launch.launcher": "local", "engine.kind": "deepspeed"}, "engine.kind=deepspeed has no effect with launch"),
-        ({"track.mlflow_uri": "http://me:secret@host"}, "mlflow_uri must not hold a password"),
+        (
+            {"track.mlflow_uri": "http://me:secret@host"},
+            "track.mlflow_uri: must not hold a user, a password or a query",
+        ),
         ({"objective.energy": "dot", "engine.zero_stage": 3}, "use engine.zero_stage 0, 1 or 2"),
         (
             {"objective.energy": "dot", "train.activation_checkpointing": True},

@@ -64,6 +64,7 @@ class GaussianAutoencoder:
     """Half the size in both directions, with a posterior that is not a point."""
 
     id = "gaussian"
+    latent_channels: int | None = None
     location: str | None = None
     latent_scale = 0.18215
     latent_shift = 0.25

@@ -60,7 +60,8 @@ def evaluate(root: Path, *arguments: str, out: str = "out.jsonl") -> tuple[dict[
     path.unlink(missing_ok=True)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        main(["--launcher", "local", "--cache", str(root / "cache"), "--out", str(path), *arguments])
+        cache = [] if "is" in arguments else ["--cache", str(root / "cache")]  # which the IS alone does not use
+        main(["--launcher", "local", *cache, "--out", str(path), *arguments])
     records = [json.loads(line) for line in path.read_text().splitlines()]
     return {record["metric"]: record for record in records}, printed.getvalue()
 
@@ -100,7 +101,18 @@ def test_figures_of_images_are_those_of_their_pixels(tmp_path: Path) -> None:
 
 def test_a_model_gives_the_figures_of_the_images_that_it_draws(root: Path, shards: Path) -> None:
     metrics, own = ",".join(METRIC_NAMES), ["--extractor", "command_extractor:Pixels", "--kid-subset-size", "20"]
-    drawing = ["--model", str(root / "tiny"), "--samples", "90", "--seed", "5", "--labels", "random"]
+    drawing = [
+        "--model",
+        str(root / "tiny"),
+        "--run.root",
+        str(root),
+        "--samples",
+        "90",
+        "--seed",
+        "5",
+        "--labels",
+        "random",
+    ]
     drawing += ["--sampler.nfe", "6"]
     directly, printed = evaluate(root, *drawing, "--metrics", metrics, *own, "--batch", "32")
     sample([*drawing, "--out", str(root / "drawn"), "--launcher", "local", "--batch", "32", "--format", "npz"])
@@ -178,7 +190,8 @@ def test_figures_reach_the_mlflow_record_of_the_run(root: Path) -> None:
     from mlflow import MlflowClient
 
     records, _ = evaluate(
-        root, "--model", str(root / "tiny"), "--samples", "60", "--extractor", "command_extractor:Pixels",
+        root, "--model", str(root / "tiny"), "--run.root", str(root), "--samples", "60",
+        "--extractor", "command_extractor:Pixels",
         "--metrics", "fid,precision", "--mlflow", str(root / "tiny"),
     )  # fmt: skip
     run = MlflowRun(**json.loads((root / "tiny" / "mlflow.json").read_bytes()))
@@ -203,10 +216,31 @@ def test_figures_reach_the_mlflow_record_of_the_run(root: Path) -> None:
         ("--images digits.npz --reference digits.npz --extractor digits --metrics sfid", "need spatial"),
         (
             "--images digits.npz --reference digits.npz --extractor digits --metrics kid",
-            "kid needs at least 1000 images, got 30",
+            "kid needs at least 1000 images in digits.npz, got 30; bring more or lower --kid-subset-size",
         ),
-        ("--model tiny --samples 9 --extractor digits --reference digits.npz --metrics is", "is needs at least 10"),
-        ("--images digits.npz --reference digits.npz --extractor digits --mlflow absent", "has no mlflow.json"),
+        (
+            "--model tiny --samples 9 --extractor digits --reference digits.npz --metrics is",
+            "is has no effect|--reference has no effect with --metrics is",
+        ),
+        (
+            "--model tiny --samples 9 --extractor digits --metrics is",
+            "is needs at least 10 drawn images, got 9; raise --samples",
+        ),
+        (
+            "--images digits.npz --reference digits.npz --extractor digits --run.root . --mlflow absent",
+            "has no mlflow.json",
+        ),
+        (
+            "--images digits.npz --reference digits.npz --extractor digits --mlflow tiny",
+            "must name one of your own runs",
+        ),
+        ("--images digits.npz --run.root .", "--run.root has no effect on --images"),
+        ("--images digits.npz --metrics is --cache x", "--cache has no effect with --metrics is"),
+        (
+            "--images digits.npz --reference digits.npz --kid-subsets 9",
+            "--kid-subsets has no effect with --metrics fid",
+        ),
+        ("--images digits.npz --reference digits.npz --actors 2", "--actors has no effect with --launcher local"),
         ("--images digits.npz --reference digits.npz --extractor digits --resolution 4", "holds arrays of 8x8"),
         ("--images digits.npz --reference digits.npz --extractor digits --channels 3", "holds arrays of 1"),
         ("--images digits.npz --reference digits.npz --extractor digits --extractor-weights x", "received some for"),

@@ -118,7 +118,7 @@ def test_merging_real_features_agrees_to_rounding():
 def test_too_few_images_are_refused(count):
     many = feature_moments(Pixels(4), [random_images(0, 10)])
     few = feature_moments(Pixels(4), [random_images(0, count)])
-    with pytest.raises(DataError, match=f"at least two images on either side, got {count}"):
+    with pytest.raises(DataError, match=f"at least two images on either side, and the generated images are {count}"):
         frechet_distance(many, few)
 
 

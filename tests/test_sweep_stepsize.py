@@ -72,8 +72,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flags(run: Path, out: Path, space: object = SPACE, **others: object) -> list[str]:
     file = out.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(space))
-    values = {"model": run, "out": out, "space": file, "launcher": "local", "rungs": "16,32", "samples": 48,
-              "reduction": 4, "track.mlflow": "false", "cache": run.parent / "cache", **others}  # fmt: skip
+    values = {"model": run, "run.root": run.parent, "out": out, "space": file, "launcher": "local",
+              "rungs": "16,32", "samples": 48, "reduction": 4, "track.mlflow": "false",
+              "cache": run.parent / "cache", **others}  # fmt: skip
     return [part for key, value in values.items() for part in (f"--{key}", str(value))]
 
 
@@ -115,7 +116,8 @@ def test_its_figures_are_those_of_evaluate_and_best_yaml_gives_them_again(
     assert "rank" in printed
     assert f"{float(best['fid']):.3f}" in printed
 
-    evaluate(["--model", str(run), "--config", str(out / "best.yaml"), "--samples", "48", "--launcher", "local",
+    evaluate(["--model", str(run), "--run.root", str(run.parent),
+              "--config", str(out / "best.yaml"), "--samples", "48", "--launcher", "local",
               "--out", str(tmp_path / "records"), "--cache", "none", "--batch", "16"])  # fmt: skip
     record = json.loads((tmp_path / "records").read_text())
     # Statistics that were added rung by rung against those of one go: another order of float64 sums.
@@ -210,7 +212,10 @@ def test_mlflow_has_a_parent_and_a_child_for_each_trial(run: Path, tmp_path: Pat
     assert {"best.yaml", "results.csv", "fid_nfe.png", "fid_step_size.png"} <= artifacts
 
 
-def test_it_is_recorded_where_the_user_says_and_not_where_the_model_was(run: Path, tmp_path: Path) -> None:
+def test_it_is_recorded_where_the_user_says_and_not_where_the_model_was(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     foreign = tmp_path / "theirs" / "tiny"
     shutil.copytree(run, foreign)
     checkpoint = foreign / "checkpoints" / "step_00000030"
@@ -223,10 +228,12 @@ def test_it_is_recorded_where_the_user_says_and_not_where_the_model_was(run: Pat
     (checkpoint / "COMPLETE.json").write_text(json.dumps(marker))
     space = {"sampler.name": "gd", "sampler.nfe": [2, 3]}
     for name, others, store in (
-        ("default", {}, foreign.parent / "mlflow.db"),
+        ("default", {}, tmp_path / "runs" / "mlflow.db"),
         ("mine", {"track.mlflow_uri": f"sqlite:///{tmp_path / 'mine.db'}"}, tmp_path / "mine.db"),
     ):
-        main(flags(foreign, tmp_path / name, space, **{"track.mlflow": "true", **others}))
+        own = {"run.root": tmp_path / "runs", "evaluation.extractor": "sweep_extractor:Pixels",
+               "reference": run.parent / "data" / "blots"}  # fmt: skip
+        main(flags(foreign, tmp_path / name, space, **{"track.mlflow": "true", **own, **others}))
         assert json.loads((tmp_path / name / "mlflow.json").read_text())["tracking_uri"] == f"sqlite:///{store}"
         assert store.exists()
 

@@ -118,7 +118,7 @@ def extractor() -> torch.nn.Module:
 
 
 def test_denoise(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common = ["--model", str(runs / "tiny"), "--samples", "20", "--out", str(tmp_path / "out")]
+    common = ["--model", str(runs / "tiny"), "--run.root", str(runs), "--samples", "20", "--out", str(tmp_path / "out")]
     denoise.main([*common, "--start-noise", "1,0.2"])
     record = json.loads((tmp_path / "out" / "denoise.json").read_bytes())
     assert [level["start_noise"] for level in record["levels"]] == [1, 0.2]
@@ -132,7 +132,7 @@ def test_denoise(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize(("run", "scores"), [("tiny", ["field norm"]), ("energy", ["field norm", "energy"])])
 def test_ood(runs: Path, shards: Path, tmp_path: Path, run: str, scores: list[str]) -> None:
-    common = ["--model", str(runs / run), "--samples", "16", "--out", str(tmp_path / "out")]
+    common = ["--model", str(runs / run), "--run.root", str(runs), "--samples", "16", "--out", str(tmp_path / "out")]
     ood.main([*common, "--against", f"inverted,{shards}"])
     record = json.loads((tmp_path / "out" / "ood.json").read_bytes())
     assert list(dict.fromkeys(row["score"] for row in record["auroc"])) == scores
@@ -146,11 +146,22 @@ def test_images_of_another_size_are_not_foreign_but_wrong(runs: Path, tmp_path: 
     for index in range(2):
         Image.new("L", (6, 6), index).save(tmp_path / f"{index}.png")
     with pytest.raises(DataError, match=r"must have one size, .* have \[4, 4, 1\], .* \[6, 6, 1\]"):
-        ood.main(["--model", str(runs / "tiny"), "--against", str(tmp_path), "--out", str(tmp_path / "out")])
+        ood.main(
+            [
+                "--model",
+                str(runs / "tiny"),
+                "--run.root",
+                str(runs),
+                "--against",
+                str(tmp_path),
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
 
 
 def test_compose(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common = ["--model", str(runs / "tiny"), "--samples", "5", "--out", str(tmp_path / "out")]
+    common = ["--model", str(runs / "tiny"), "--run.root", str(runs), "--samples", "5", "--out", str(tmp_path / "out")]
     compose.main([*common, "--labels", "0,2", "--weights", "0.7,0.3"])
     record = json.loads((tmp_path / "out" / "compose.json").read_bytes())
     assert record["weights"] == [0.7, 0.3]
@@ -159,5 +170,10 @@ def test_compose(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "composed.png" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="2 labels and 1 weights"):
         compose.main([*common, "--labels", "0,2", "--weights", "1"])
-    with pytest.raises(DataError, match=r"Labels must lie in 0..2"):
-        compose.main([*common, "--labels", "0,9"])
+    for labels, sentence in (("0,9", "classes from 0 to 2, got 9"), ("0,3", "classes from 0 to 2, got 3"),
+                             ("1,1", "must differ"), ("a", "must be numbers"), ("-1", "must be numbers"),
+                             ("9" * 5000, "must be numbers"), ("", "must be numbers")):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"--labels {sentence}|--labels must be {sentence}"):
+            compose.main([*common, "--labels", labels])
+    with pytest.raises(ConfigError, match="--weights must be numbers"):
+        compose.main([*common, "--weights", "nan,1"])

@@ -424,6 +424,7 @@ class Spiked:
     """Blots of which one is so bright that the square of its error overflows fp32: data that a run stumbles over."""
 
     id = "spiked"
+    latent_channels: int | None = None
     latent_scale = 1.0
     latent_shift = 0.0
     location: str | None = None

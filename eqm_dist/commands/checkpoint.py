@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from eqm_dist import cli
-from eqm_dist.errors import CheckpointError
+from eqm_dist.errors import CheckpointError, ConfigError
+from eqm_dist.run_directory import CHECKPOINTS
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -24,6 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(dest="action", required=True, metavar="{ls,verify,export,convert}")
     ls, verify, export, convert = (actions.add_parser(name) for name in ("ls", "verify", "export", "convert"))
     for action in (ls, verify, export, convert):
+        cli.add_root_flag(action)
         action.add_argument(
             "place", nargs="?", metavar="RUN", help="directory of a run or of a checkpoint (default: the newest run)"
         )
@@ -48,18 +50,23 @@ def main(arguments: Sequence[str]) -> None:
     from eqm_dist import inventory
     from eqm_dist.export import export as write_export
     from eqm_dist.pretrained import load, newest_run
+    from eqm_dist.runs import runs_root
+    from eqm_dist.storage.location import local_path
 
-    place = Path(options.place or newest_run())
+    root = cli.root_from(options)
+    place = local_path(options.place) if options.place else newest_run(runs_root(root))
     if options.action == "ls":
         print(inventory.table(inventory.entries(place)))
     elif options.action == "verify":
+        if options.all and not (place / CHECKPOINTS).exists():
+            raise ConfigError(f"--all has no effect on {place}, which is no run; leave it out.")
         sys.exit(_verify(inventory.checkpoints_of(place, options.all)))
     elif options.action == "export":
-        model = load(place, ema=options.ema)
+        model = load(place, ema=options.ema, root=root)
         name = model.name if options.ema is None else f"{model.name}-{model.state}"
         print(f"{write_export(model, Path(options.out or f'exports/{name}'))} is complete.")
     else:
-        model = load(place)
+        model = load(place, root=root)
         print(f"{inventory.convert(Path(model.source), Path(options.out or f'{model.name}.pt'))} is complete.")
 
 

@@ -5,12 +5,12 @@ python pipelines/denoise.py --model runs/mine --start-noise 0.9,0.6,0.3 --sample
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from eqm_dist import cli
+from eqm_dist.documents import to_json
 from eqm_dist.errors import ConfigError
 from eqm_dist.logs import setup_logging
 
@@ -18,7 +18,7 @@ from eqm_dist.logs import setup_logging
 def make_parser() -> argparse.ArgumentParser:
     """The flags of this command."""
     parser = cli.command_parser(__doc__)
-    cli.add_model_flags(parser)
+    cli.add_model_flags(parser, "evaluation.extractor")
     parser.add_argument(
         "--out", metavar="DIR", help="directory for the picture and the record (default: denoise/NAME-stepN)"
     )
@@ -51,12 +51,22 @@ def main(arguments: Sequence[str]) -> None:
     from eqm_dist.evaluate.metrics import feature_moments, frechet_distance
     from eqm_dist.pretrained import load
     from eqm_dist.provenance import provenance
-    from eqm_dist.storage.files import atomic_write, storage_errors
+    from eqm_dist.storage.files import atomic_write, make_writable, storage_errors
     from eqm_dist.tasks.denoise import restoration_figure, restoration_grid, restore
 
-    model = load(options.model, autoencoder=options.autoencoder, overrides=cli.model_overrides(options))
+    model = load(
+        options.model,
+        autoencoder=options.autoencoder,
+        overrides=cli.model_overrides(options),
+        root=cli.root_from(options),
+    )
+    model.require_pictures()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    extractor = load_extractor(*model.extractor("--evaluation.extractor")).to(device)
     latents, labels = model.real_latents(options.shards, options.samples, device)
+    model.model  # noqa: B018 (whatever is wrong with it is said before anything is made)
+    out = Path(options.out or f"denoise/{model.name}")
+    make_writable(out)
     indices = torch.arange(len(latents))
     knows_time = model.config.objective.kind == "flow_matching"
     results = restore(
@@ -67,15 +77,11 @@ def main(arguments: Sequence[str]) -> None:
         model.autoencoder.decode, latents, levels, seed=options.seed,
     )  # fmt: skip
     originals = model.autoencoder.decode(latents)
-    evaluation = model.config.evaluation
-    extractor = load_extractor(evaluation.extractor, evaluation.extractor_weights).to(device)
     moments = [feature_moments(extractor, images.split(options.batch), device)
                for images in (originals, *(result.images for result in results))]  # fmt: skip
     fids = [frechet_distance(moments[0], other) for other in moments[1:]]
 
-    out = Path(options.out or f"denoise/{model.name}")
     with storage_errors("write", out):
-        out.mkdir(parents=True, exist_ok=True)
         restoration_grid(originals, results, columns=12).save(out / "restored.png")
         restoration_figure(results, fids).savefig(out / "curve.png", dpi=120)
     rows = [
@@ -84,7 +90,7 @@ def main(arguments: Sequence[str]) -> None:
         for result, fid in zip(results, fids, strict=True)
     ]  # fmt: skip
     record = {"model": model.source, "samples": len(latents), "seed": options.seed, "levels": rows, **provenance()}
-    atomic_write(out / "denoise.json", (json.dumps(record, indent=1) + "\n").encode())
+    atomic_write(out / "denoise.json", (to_json(record, 1) + "\n").encode())
     print("start noise    FID   RMS error, before it    NFE")
     for row in rows:
         print("{start_noise:11.2f} {fid:6.3f} {rms_error:11.1f} {rms_error_of_start:10.1f} {nfe:6.1f}".format(**row))

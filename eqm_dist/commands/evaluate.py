@@ -13,13 +13,18 @@ appended to --out as one line of JSON that says how it came about.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from eqm_dist import cli
 from eqm_dist.errors import ConfigError
 from eqm_dist.logs import setup_logging
 from eqm_dist.metric_settings import METRIC_NAMES, MetricSettings
 
+if TYPE_CHECKING:
+    from eqm_dist.track.mlflow import MlflowRun
+
+REFERENCE_FLAGS = ("reference", "cache", "save-reference")
+CACHE = "~/.cache/eqm-dist/statistics"
 MODEL_FLAGS = ("config", "model", "autoencoder", "samples", "labels", "seed")
 SAMPLES = 50_000
 
@@ -38,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="RULE",
         help="classes of the drawn images: balanced, random, or in turn like 3,1,4 (default: balanced)",
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="seed of the drawn images (default: 0)")
+    parser.add_argument("--seed", type=cli.seed, metavar="N", help="seed of the drawn images (default: 0)")
     parser.add_argument(
         "--reference", metavar="PATH",
         help="what the images are compared with: images, an .npz of ADM or pytorch-fid, or a file of --save-reference"
@@ -66,16 +71,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kid-subsets",
         type=cli.count,
-        default=MetricSettings.kid_subsets,
         metavar="N",
-        help="number of subsets of the KID (default: %(default)s)",
+        help=f"number of subsets of the KID (default: {MetricSettings.kid_subsets})",
     )
     parser.add_argument(
         "--kid-subset-size",
         type=cli.count,
-        default=MetricSettings.kid_subset_size,
         metavar="N",
-        help="images in a subset of the KID (default: %(default)s)",
+        help=f"images in a subset of the KID (default: {MetricSettings.kid_subset_size})",
     )
     parser.add_argument(
         "--save-reference",
@@ -83,8 +86,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="file for the statistics of the reference, to be used as --reference later",
     )
     parser.add_argument(
-        "--cache", default="~/.cache/eqm-dist/statistics", metavar="DIR",
-        help="directory that keeps the statistics of references; none keeps none (default: %(default)s)",
+        "--cache", metavar="DIR",
+        help=f"directory that keeps the statistics of references; none keeps none (default: {CACHE})",
     )  # fmt: skip
     parser.add_argument(
         "--out",
@@ -109,39 +112,53 @@ def main(arguments: Sequence[str]) -> None:
     """
     options = make_parser().parse_args(arguments)
     overrides = cli.model_overrides(options)
-    useless = [f"--{name}" for name in MODEL_FLAGS if getattr(options, name) is not None]
-    useless += [f"--{key}" for layer, _ in overrides for key in layer]
-    if options.images and useless:
-        raise ConfigError(f"{useless[0]} has no effect on --images, which are drawn already; leave one of them out.")
-    if options.save_reference and not options.save_reference.endswith(".safetensors"):
-        raise ConfigError(f"--save-reference must end in .safetensors, received {options.save_reference}; rename it.")
+    metrics = [metric.strip() for metric in options.metrics.split(",")]
+    _check_flags(options, metrics, [key for layer, _ in overrides for key in layer])
 
     from eqm_dist.evaluate.record import append_records, table
-    from eqm_dist.launch.evaluation import Judge, extractor_of, reference_of
+    from eqm_dist.evaluate.statistics import metric_of
+    from eqm_dist.launch.evaluation import Judge, extractor_of
     from eqm_dist.pretrained import load
-    from eqm_dist.track.mlflow import log_metrics, recorded_run
+    from eqm_dist.storage.files import make_writable, try_append
+    from eqm_dist.track.mlflow import log_metrics
+
+    compares = any(metric.compares for metric in list(map(metric_of, metrics)))
+    useless = [f"--{name}" for name in REFERENCE_FLAGS if getattr(options, name.replace("-", "_")) is not None]
+    if useless and not compares:
+        raise ConfigError(f"{useless[0]} has no effect with --metrics {options.metrics}; leave it out.")
+    # Whatever is to be written at the end is tried now, for hours may lie between.
+    out = Path(options.out)
+    try_append(out)
+    if options.save_reference:
+        make_writable(Path(options.save_reference).absolute().parent)
 
     model = None
     if not options.images:
-        model = load(options.model, autoencoder=options.autoencoder, overrides=overrides)
+        model = load(options.model, autoencoder=options.autoencoder, overrides=overrides, root=cli.root_from(options))
+    recorded = _recorded(options) if options.mlflow else None
     extractor, weights = extractor_of(model, options.extractor, options.extractor_weights)
+    settings = {"kid_subsets": options.kid_subsets, "kid_subset_size": options.kid_subset_size}
     judge = Judge(
         extractor=extractor,
         weights=weights,
-        metrics=[metric.strip() for metric in options.metrics.split(",")],
-        settings=MetricSettings(kid_subsets=options.kid_subsets, kid_subset_size=options.kid_subset_size),
+        metrics=metrics,
+        settings=MetricSettings(**{name: value for name, value in settings.items() if value is not None}),
         batch=options.batch,
         launcher=options.launcher,
         actors=options.actors,
-        cache=None if options.cache == "none" else options.cache,
+        cache=None if options.cache == "none" else options.cache or CACHE,
         resolution=options.resolution,
         channels=options.channels,
     )
-    recorded = recorded_run(Path(options.mlflow)) if options.mlflow else None
-    reference = judge.reference(options.reference or (reference_of(model) if model else None))
-    if options.save_reference:
-        if reference is None:
-            raise ConfigError(f"--save-reference has no effect with --metrics {options.metrics}; leave it out.")
+    location = options.reference
+    if location is None and model is not None and compares:
+        location = model.training_data("--reference")
+    if model is not None and options.samples is not None:
+        judge.check_samples(options.samples, "--samples")
+    if options.images:
+        judge.check_images(options.images)
+    reference = judge.reference(location)
+    if options.save_reference and reference is not None:
         reference.save(Path(options.save_reference))
     if model is None:
         records = judge.images(options.images, reference)
@@ -150,12 +167,53 @@ def main(arguments: Sequence[str]) -> None:
         samples = options.samples or min(SAMPLES, known or SAMPLES)
         labels, seed = options.labels or "balanced", options.seed or 0
         records = judge.model(model, reference, samples=samples, labels=labels, seed=seed)
-    append_records(Path(options.out), records)
+    print(f"\n{table(records)}", flush=True)
+    append_records(out, records)
+    print(f"  record     {options.out}")
     if recorded is not None:
         name = Path(judge.extractor.rpartition(":")[2]).stem
         figures = {f"eval/{record['metric']}_{name}": record["value"] for record in records}
         log_metrics(recorded, model.step or 0 if model else 0, figures)
-    print(f"\n{table(records)}\n  record     {options.out}")
+
+
+def _check_flags(options: argparse.Namespace, metrics: Sequence[str], keys: Sequence[str]) -> None:
+    """Refuse flags that have no effect beside the others; ``keys`` are those of the config.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    cli.check_actors(options)
+    useless = [f"--{name}" for name in MODEL_FLAGS if getattr(options, name) is not None]
+    useless += [f"--{key}" for key in keys]
+    if options.images and not options.mlflow and cli.root_from(options) is not None:
+        useless.append(f"--{cli.ROOT}")
+    if options.images and useless:
+        raise ConfigError(f"{useless[0]} has no effect on --images, which are drawn already; leave one of them out.")
+    for flag, value in (("--kid-subsets", options.kid_subsets), ("--kid-subset-size", options.kid_subset_size)):
+        if value is not None and "kid" not in metrics:
+            raise ConfigError(f"{flag} has no effect with --metrics {options.metrics}; leave it out, or add kid.")
+    if options.save_reference and not options.save_reference.endswith(".safetensors"):
+        raise ConfigError(f"--save-reference must end in .safetensors, received {options.save_reference}; rename it.")
+
+
+def _recorded(options: argparse.Namespace) -> "MlflowRun":
+    """The MLflow record that gets the figures, which must be that of a run of the user's own.
+
+    Raises:
+        ConfigError: it is not, or was not recorded: its directory says to which server credentials go.
+    """
+    from eqm_dist.pretrained import is_own
+    from eqm_dist.runs import runs_root
+    from eqm_dist.storage.location import local_path
+    from eqm_dist.track.mlflow import recorded_run
+
+    run, runs = local_path(options.mlflow), runs_root(cli.root_from(options))
+    if not is_own(run, runs):
+        raise ConfigError(
+            f"--mlflow must name one of your own runs, and {run} does not lie in {runs}; name the directory of your"
+            " runs with --run.root if it is yours."
+        )
+    return recorded_run(run)
 
 
 def start() -> NoReturn:

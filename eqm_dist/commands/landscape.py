@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from eqm_dist import cli
-from eqm_dist.errors import ConfigError
 
 SAMPLES = 1500
 
@@ -33,9 +32,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="distribution that the networks learn (default: %(default)s)",
     )
     parser.add_argument(
-        "--steps", type=int, default=2000, help="number of updates of each network (default: %(default)s)"
+        "--steps", type=cli.count, default=2000, help="number of updates of each network (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, draws and samples (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=cli.seed, default=0, help="seed of weights, draws and samples (default: %(default)s)"
+    )
     return parser
 
 
@@ -46,10 +47,6 @@ def main(arguments: Sequence[str]) -> None:
         EqmDistError: one sentence for the user.
     """
     options = make_parser().parse_args(arguments)
-    if options.steps < 1:
-        raise ConfigError(f"--steps must be at least 1, got {options.steps}; leave it out for 2000.")
-    if options.seed < 0:
-        raise ConfigError(f"--seed must not be negative, got {options.seed}.")
 
     # After parsing, for these import torch and --help must answer at once.
     from pathlib import Path
@@ -57,13 +54,12 @@ def main(arguments: Sequence[str]) -> None:
     import torch
 
     from eqm_dist.logs import setup_logging
-    from eqm_dist.storage.files import atomic_write, storage_errors
+    from eqm_dist.storage.files import atomic_write, make_writable
     from eqm_dist.tasks.landscape import METHODS, energy_distance, toy_data, train
     from eqm_dist.tasks.landscape_figure import Descent, animation, figure
 
     directory = Path(options.out).absolute()
-    with storage_errors("create", directory):
-        directory.mkdir(parents=True, exist_ok=True)
+    make_writable(directory)
     setup_logging()
     torch.set_num_threads(1)  # one thread: the same sums in the same order, hence the same pictures
     generator = torch.Generator().manual_seed(options.seed)

@@ -7,12 +7,12 @@ A foreign set is noise, inverted, constant, or any images of the model's size: s
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from eqm_dist import cli
+from eqm_dist.documents import to_json
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.logs import setup_logging
 
@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--against", default=MADE_UP, metavar="LIST", help="the foreign sets of images (default: %(default)s)"
     )
     parser.add_argument(
-        "--label", type=int, metavar="N", help="class whose field is asked for (default: the null label)"
+        "--label", type=cli.seed, metavar="N", help="class whose field is asked for (default: the null label)"
     )
     parser.add_argument(
         "--samples",
@@ -58,10 +58,15 @@ def main(arguments: Sequence[str]) -> None:
     from eqm_dist.evaluate.images import first_images
     from eqm_dist.pretrained import load
     from eqm_dist.provenance import provenance
-    from eqm_dist.storage.files import atomic_write, storage_errors
+    from eqm_dist.storage.files import atomic_write, make_writable, storage_errors
     from eqm_dist.tasks.ood import detect, detection_figure, field_norm, made_up_sets
 
-    model = load(options.model, autoencoder=options.autoencoder, overrides=cli.model_overrides(options))
+    model = load(
+        options.model,
+        autoencoder=options.autoencoder,
+        overrides=cli.model_overrides(options),
+        root=cli.root_from(options),
+    )
     objective, classes = model.config.objective, model.config.data.num_classes
     if objective.kind == "flow_matching":
         raise ConfigError("Detection needs a field that is blind to time, which objective.kind=flow_matching is not.")
@@ -70,9 +75,10 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"--label must be a class below {classes}, or {classes} for none, got {label}; correct it.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    location = options.images or model.config.data.shards
-    if location is None:
-        raise ConfigError(f"{model.source} does not say what it was trained on; add --images.")
+    location = options.images or model.training_data("--images")
+    model.model  # noqa: B018 (whatever is wrong with it is said before anything is made)
+    out = Path(options.out or f"ood/{model.name}")
+    make_writable(out)
     known = first_images(location, options.samples)
     made_up, foreign = made_up_sets(known, options.seed), {}
     for name in options.against.split(","):
@@ -94,13 +100,11 @@ def main(arguments: Sequence[str]) -> None:
     latents = {name: model.encode(images.to(device)) for name, images in foreign.items()}
     detections = detect(scores, model.encode(known.to(device)), latents, options.batch)
 
-    out = Path(options.out or f"ood/{model.name}")
     with storage_errors("write", out):
-        out.mkdir(parents=True, exist_ok=True)
         detection_figure(detections).savefig(out / "scores.png", dpi=120)
     rows = [{"score": found.score, "foreign": found.foreign, "auroc": found.auroc} for found in detections]
     record = {"model": model.source, "known": location, "samples": len(known), "label": label, "auroc": rows}
-    atomic_write(out / "ood.json", (json.dumps({**record, **provenance()}, indent=1) + "\n").encode())
+    atomic_write(out / "ood.json", (to_json({**record, **provenance()}, 1) + "\n").encode())
     print(f"{'AUROC of':<14} {'  '.join(f'{name:>10}' for name in foreign)}")
     for score in scores:
         figures = [f"{found.auroc:10.3f}" for found in detections if found.score == score]

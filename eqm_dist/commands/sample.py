@@ -43,11 +43,17 @@ def main(arguments: Sequence[str]) -> None:
         EqmDistError: one sentence for the user.
     """
     options = make_parser().parse_args(arguments)
+    cli.check_actors(options)
 
     from eqm_dist.launch.sampling import draw
     from eqm_dist.pretrained import load
 
-    model = load(options.model, autoencoder=options.autoencoder, overrides=cli.model_overrides(options))
+    model = load(
+        options.model,
+        autoencoder=options.autoencoder,
+        overrides=cli.model_overrides(options),
+        root=cli.root_from(options),
+    )
     out = Path(options.out or f"samples/{model.name}")
     kept = ("samples", "labels", "seed", "batch", "format", "launcher", "actors")
     print(draw(model, out, **{name: getattr(options, name) for name in kept}))

@@ -64,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--cache", default="~/.cache/eqm-dist/statistics", metavar="DIR",
-        help="directory that keeps the statistics of references (default: %(default)s)",
+        help="directory that keeps the statistics of references; none keeps none (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--labels",
@@ -84,10 +84,11 @@ def main(arguments: Sequence[str]) -> None:
         EqmDistError: one sentence for the user.
     """
     options = make_parser().parse_args(arguments)
+    cli.check_actors(options)
     if options.search == "grid" and options.trials is not None:
         raise ConfigError("--trials has no effect on --search grid, which tries all points; use random or optuna.")
 
-    from eqm_dist.launch.evaluation import Judge, reference_of
+    from eqm_dist.launch.evaluation import Judge
     from eqm_dist.pretrained import load
     from eqm_dist.runs import sweep_directory
     from eqm_dist.sweeps.search import Search
@@ -97,16 +98,21 @@ def main(arguments: Sequence[str]) -> None:
     from eqm_dist.sweeps.stepsize.sweep import sweep
 
     space, track = read_space(options.space, AXES), cli.track_from(options)
-    model = load(options.model, autoencoder=options.autoencoder, overrides=cli.model_overrides(options))
-    evaluation = model.config.evaluation
+    model = load(
+        options.model,
+        autoencoder=options.autoencoder,
+        overrides=cli.model_overrides(options),
+        root=cli.root_from(options),
+    )
+    extractor, weights = model.extractor("--evaluation.extractor")
     judge = Judge(
-        extractor=evaluation.extractor,
-        weights=evaluation.extractor_weights,
+        extractor=extractor,
+        weights=weights,
         metrics=["fid"],
         batch=options.batch,
         launcher=options.launcher,
         actors=options.actors,
-        cache=options.cache,
+        cache=None if options.cache == "none" else options.cache,
     )
 
     search = Search(
@@ -130,8 +136,10 @@ def main(arguments: Sequence[str]) -> None:
             actors=options.actors,
         )
 
+    judge.check_samples(min(options.rungs), "--rungs")
+    judge.check_samples(options.samples or MOST_SAMPLES)
     check(plan(options.samples or MOST_SAMPLES))
-    reference = judge.reference(options.reference or reference_of(model))
+    reference = judge.reference(options.reference or model.training_data("--reference"))
     assert reference is not None  # the FID has one
     known = reference.statistics.count or MOST_SAMPLES
     planned = plan(options.samples or min(known, MOST_SAMPLES))

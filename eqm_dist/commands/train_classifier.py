@@ -23,7 +23,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.command_parser(__doc__)
     parser.add_argument("--shards", metavar="DIR", help="data set of images (default: the embedded digits)")
     parser.add_argument("--out", metavar="FILE", required=True, help="file for the weights, as safetensors")
-    parser.add_argument("--steps", type=int, default=STEPS, help="smallest number of updates (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=cli.count, default=STEPS, help="smallest number of updates (default: %(default)s)"
+    )
     return parser
 
 
@@ -43,16 +45,17 @@ def main(arguments: Sequence[str]) -> None:
 
     from eqm_dist.evaluate.features import save_classifier
     from eqm_dist.evaluate.train_classifier import accuracy, digits, images_of, train
-    from eqm_dist.storage.files import atomic_write
+    from eqm_dist.storage.files import atomic_write, make_writable
 
     torch.set_num_threads(1)  # one thread: the same sums in the same order, hence the same weights
+    path = Path(options.out).absolute()
+    make_writable(path.parent)
     images, labels = images_of(options.shards) if options.shards else digits()
     if len(images) < FEWEST_IMAGES:
         raise DataError(f"A classifier needs at least {FEWEST_IMAGES} images, got {len(images)}; bring more.")
     held_out = -(-len(images) // 5)
     classifier = train(images[:-held_out], labels[:-held_out], int(labels.max()) + 1, options.steps)
     content = save_classifier(classifier)
-    path = Path(options.out).absolute()
     atomic_write(path, content)
     for name, part in (("training", slice(None, -held_out)), ("held-out", slice(-held_out, None))):
         print(f"accuracy on the {name} images {accuracy(classifier, images[part], labels[part]):.4f}")

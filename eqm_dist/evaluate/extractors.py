@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.features import load_classifier, load_digit_classifier
 from eqm_dist.storage.files import storage_errors
+from eqm_dist.storage.location import local_path
 
 INCEPTION = "inception"
 DINOV2 = {"dinov2-vit-s-14": 384, "dinov2-vit-b-14": 768, "dinov2-vit-l-14": 1024, "dinov2-vit-g-14": 1536}
@@ -157,7 +158,7 @@ def _inception_weights(path: str | None) -> Path:
     url: str = _torch_fidelity("feature_extractor_inceptionv3").URL_INCEPTION_V3
     name = url.rpartition("/")[2]
     if path is not None:
-        file = Path(path).expanduser()
+        file = local_path(path)
         if not file.is_file():
             raise DataError(f"The weights of inception must be a file, and {file} is none; fetch {url} to there.")
         return file

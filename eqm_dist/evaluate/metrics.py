@@ -26,6 +26,8 @@ with hidden("torchvision", "torch_fidelity"):
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import poly_mmd
 
+FEWEST_HALVED = 4
+"""Images of which two halves have a covariance each."""
 POINTS_AT_ONCE, OTHERS_AT_ONCE = 2_500, 10_000
 """Points whose distances to all others are held at once, 0.5 GB for 50,000 others, and those of one multiplication."""
 
@@ -91,7 +93,10 @@ def frechet_distance(reference: FeatureMoments, generated: FeatureMoments) -> fl
     """
     fewest = int(min(reference.count, generated.count))
     if fewest < 2:
-        raise DataError(f"The FID needs at least two images on either side, got {fewest}; generate more.")
+        side = "the reference" if reference.count < generated.count else "the generated images"
+        raise DataError(f"The FID needs at least two images on either side, and {side} are {fewest}; bring more.")
+    if not all(part.isfinite().all() for side in (reference, generated) for part in vars(side).values()):
+        raise DataError("The FID needs finite features, and some are infinite or none; correct the extractor.")
     metric = _metric(_Features(len(reference.total)), reference.total.device)
     # torchmetrics insists on having seen a batch before it computes, so it sees one of no images.
     metric.update(reference.total.new_zeros(0, len(reference.total)), real=True)

@@ -1,11 +1,11 @@
 """Figures as records: one JSON object for each, with everything needed to compare it with another."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from eqm_dist.documents import to_json
 from eqm_dist.evaluate.statistics import metric_of
 from eqm_dist.metric_settings import MetricSettings
 from eqm_dist.storage.files import storage_errors
@@ -34,7 +34,7 @@ def append_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         StorageError: the file cannot be written.
     """
-    lines = "".join(json.dumps(record) + "\n" for record in records)
+    lines = "".join(to_json(record) + "\n" for record in records)
     with storage_errors("append to", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:

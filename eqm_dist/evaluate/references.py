@@ -26,13 +26,14 @@ from eqm_dist.evaluate.metrics import FeatureMoments
 from eqm_dist.evaluate.statistics import (
     MOMENTS,
     MOST_ROWS,
+    PARTS,
     SPATIAL_MOMENTS,
     ImageStatistics,
     Rows,
     extractor_id,
     name_of,
 )
-from eqm_dist.storage.files import atomic_write, storage_errors
+from eqm_dist.storage.files import atomic_write, make_writable, storage_errors
 from eqm_dist.storage.location import local_path
 
 FORMAT = "eqm-dist image statistics 1"
@@ -74,6 +75,7 @@ def load_statistics(path: Path) -> tuple[ImageStatistics, str]:
         for name in sorted({key.rpartition(".")[0] for key in tensors}):
             kind = FeatureMoments if name.endswith("moments") else Rows
             parts[name] = kind(**{field.name: tensors[f"{name}.{field.name}"] for field in fields(kind)})
+            _check_part(name, parts[name])
         count = None if metadata["count"] == "None" else int(metadata["count"])
         return ImageStatistics(metadata["extractor"], count, parts), metadata["source"]
     except (OSError, SafetensorError, KeyError, ValueError) as error:
@@ -81,6 +83,24 @@ def load_statistics(path: Path) -> tuple[ImageStatistics, str]:
             f"Saved statistics must be a file that pipelines/evaluate.py wrote, and {path} cannot be read as one"
             f" ({' '.join(str(error).split())[:200]}); compute them again."
         ) from error
+
+
+def _check_part(name: str, part: FeatureMoments | Rows) -> None:
+    """Whether a part is what ``save_statistics`` writes.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if isinstance(part, FeatureMoments):
+        fits = part.count.ndim == 0 and part.total.ndim == 1 and part.outer.shape == 2 * part.total.shape
+        numbers = [part.count, part.total, part.outer]
+    else:
+        fits = part.values.ndim == 2 and part.indices.shape == part.values.shape[:1]
+        numbers = [part.values]
+    if name not in PARTS or not fits:
+        raise ValueError(f"its part {name} has other shapes")
+    if not all(each.is_floating_point() and each.isfinite().all() for each in numbers):
+        raise ValueError(f"its part {name} is not finite")
 
 
 def cached_statistics(
@@ -111,6 +131,7 @@ def cached_statistics(
     path = local_path(directory) / f"{key[:40]}.safetensors"
     if path.exists():
         return load_statistics(path)[0]
+    make_writable(path.parent)
     measured = measure()
     save_statistics(path, measured, images.location)
     return measured
@@ -124,12 +145,17 @@ def published_moments(path: Path, extractor: nn.Module) -> dict[str, FeatureMome
     Raises:
         DataError: the file is damaged, or its sizes are not Inception's.
     """
-    if not getattr(extractor, "adm_statistics", False):
-        return {}
     found = {}
     try:
         with storage_errors("read", path), zipfile.ZipFile(path) as archive:
             members = archive.namelist()
+            if not getattr(extractor, "adm_statistics", False):
+                if {"mu.npy", "sigma.npy"} <= set(members) and "arr_0.npy" not in members:
+                    raise DataError(
+                        f"{path} holds statistics of Inception alone, and the extractor is {name_of(extractor)}; use"
+                        " the extractor inception, or name images as the reference."
+                    )
+                return {}
             for part, names in PUBLISHED.items():
                 if all(f"{name}.npy" in members for name in names):
                     found[part] = _moments(*(_array(archive, name) for name in names))
@@ -154,4 +180,8 @@ def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 def _moments(mean: np.ndarray, covariance: np.ndarray) -> FeatureMoments:
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(f"mean {list(mean.shape)} and covariance {list(covariance.shape)} do not fit")
+    if mean.dtype.kind not in "fiu" or covariance.dtype.kind not in "fiu":
+        raise ValueError(f"mean and covariance are {mean.dtype} and {covariance.dtype}")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError("mean or covariance are not finite")
     return FeatureMoments.of_gaussian(torch.from_numpy(mean), torch.from_numpy(covariance))

@@ -6,6 +6,7 @@ are kept (for Inception 410 MB of features and 200 MB of scores, beside 34 MB of
 choice is kept, a function of the images' indices alone, so that it does not matter how the set was divided.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
@@ -139,7 +140,7 @@ def extract(extractor: nn.Module, images: Tensor, outputs: Collection[str]) -> d
 
     Raises:
         ConfigError: the extractor does not offer one.
-        DataError: an output is not [B, F].
+        DataError: an output is not [B, F], or not finite.
     """
     together: Callable[..., Mapping[str, Tensor]] | None = getattr(extractor, "outputs", None)
     if together is not None:
@@ -160,6 +161,11 @@ def extract(extractor: nn.Module, images: Tensor, outputs: Collection[str]) -> d
             raise DataError(
                 f"An extractor must give {name} of shape [{len(images)}, {width or 'F'}] for {len(images)} images,"
                 f" and {name_of(extractor)} gave {shape}; correct it."
+            )
+        if not extracted[name].isfinite().all():
+            raise DataError(
+                f"An extractor must give finite numbers, and {name_of(extractor)} gave {name} that are infinite or"
+                " none; correct it, or use another one."
             )
     return extracted
 
@@ -190,7 +196,6 @@ class Metric:
         fewest: images that it needs, by the settings.
         settings: names of those that decide them.
         compares: whether it needs a reference.
-        remedy: what helps, besides more images, where they are too few.
     """
 
     part: str
@@ -198,7 +203,6 @@ class Metric:
     fewest: Callable[[MetricSettings], int] = lambda settings: 2
     settings: tuple[str, ...] = ()
     compares: bool = True
-    remedy: str = ""
 
 
 def _kid(generated: Rows, reference: Rows, settings: MetricSettings) -> dict[str, float]:
@@ -226,7 +230,7 @@ _KID = ("kid_subsets", "kid_subset_size", "seed")
 METRICS: dict[MetricName, Metric] = {
     "fid": Metric(MOMENTS, lambda generated, reference, _: {"fid": frechet_distance(reference, generated)}),
     "sfid": Metric(SPATIAL_MOMENTS, lambda generated, reference, _: {"sfid": frechet_distance(reference, generated)}),
-    "kid": Metric(FEATURES, _kid, lambda chosen: chosen.kid_subset_size, _KID, remedy=" or lower --kid-subset-size"),
+    "kid": Metric(FEATURES, _kid, lambda chosen: chosen.kid_subset_size, _KID),
     "is": Metric(LOGITS, _inception_score, lambda chosen: chosen.is_splits, ("is_splits", "seed"), compares=False),
     "precision": Metric(FEATURES, _precision_recall, lambda chosen: chosen.neighbours + 1, ("neighbours",)),
     "recall": Metric(FEATURES, _precision_recall, lambda chosen: chosen.neighbours + 1, ("neighbours",)),
@@ -246,19 +250,25 @@ def metric_of(name: str) -> Metric:
     return known[name]
 
 
-def check_count(metrics: Collection[str], settings: MetricSettings, count: int) -> None:
+def check_count(
+    metrics: Collection[str], settings: MetricSettings, count: int, *, side: str = "images", remedy: str = "bring more"
+) -> None:
     """Whether so many images are enough for these metrics, before hours are spent on measuring them.
+
+    Args:
+        metrics: of ``METRICS``.
+        settings: of the metrics.
+        count: images there are, or will be.
+        side: what they are called.
+        remedy: what helps, in the words of the command.
 
     Raises:
         DataError: they are too few.
     """
     for name in metrics:
-        metric = metric_of(name)
-        needed = metric.fewest(settings)
+        needed = metric_of(name).fewest(settings)
         if count < needed:
-            raise DataError(
-                f"The metric {name} needs at least {needed} images, got {count}; bring more{metric.remedy}."
-            )
+            raise DataError(f"The metric {name} needs at least {needed} {side}, got {count}; {remedy}.")
 
 
 def check_reference(metrics: Collection[str], extractor: str, reference: ImageStatistics | None) -> None:
@@ -304,4 +314,7 @@ def compute(
         if name not in figures:  # recall comes with precision
             compared = reference.parts[metric.part] if reference is not None and metric.compares else None
             figures |= metric.figures(generated.parts[metric.part], compared, settings)
+    for name, figure in figures.items():
+        if not math.isfinite(figure):
+            raise DataError(f"The figure {name} must be a number, and is {figure}; measure the reference again.")
     return figures

@@ -1,6 +1,5 @@
 """Figures of images, or of a model whose images nobody keeps, by all actors of a cluster: ``pipelines/evaluate.py``."""
 
-import json
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from eqm_dist.data.image_set import RECORD_FILE, Unit
+from eqm_dist.documents import mapping_from_json, read_bounded
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.extractors import INCEPTION, is_file_name, load_extractor
 from eqm_dist.evaluate.images import Images, open_images
@@ -68,15 +68,11 @@ def extractor_of(model: Pretrained | None, name: str | None, weights: str | None
     Files by absolute paths, so that every process finds them, whatever directory it works in.
     """
     if name is None and model is not None:
-        name, weights = model.config.evaluation.extractor, weights or model.config.evaluation.extractor_weights
+        name, own = model.extractor("--extractor")
+        weights = weights or own
     name = name or INCEPTION
     name = str(local_path(name)) if is_file_name(name) else name
     return name, str(local_path(weights)) if weights is not None else None
-
-
-def reference_of(model: Pretrained) -> str | None:
-    """The data that a model was trained on, if it says."""
-    return model.config.data.shards
 
 
 @dataclass(frozen=True)
@@ -112,7 +108,7 @@ class Judge:
             EqmDistError: one sentence for the user.
         """
         images = self._open(location)
-        check_count(self.metrics, self.settings, len(images))
+        self._check_count(len(images), f"images in {location}")
         statistics = self._measure(images, parts_of(self.metrics))
         return self._records(statistics, reference, images=location, **_written_beside(location))
 
@@ -131,7 +127,7 @@ class Judge:
         Raises:
             EqmDistError: one sentence for the user.
         """
-        check_count(self.metrics, self.settings, samples)
+        self.check_samples(samples)
         labels_of(labels, torch.arange(1), model.config.data.num_classes, seed)
         model.autoencoder  # noqa: B018 (fails here, in one sentence, and not on every actor)
         self._loaded()
@@ -181,12 +177,33 @@ class Judge:
         if not missing:
             return Reference(location, ImageStatistics(name_of(extractor), None, given))
         images = self._open(location)
-        check_count(compared, self.settings, len(images))
+        self._check_count(len(images), f"images in the reference {location}", compared)
         measure = partial(self._measure, images, missing)
         measured = cached_statistics(images, extractor, missing, measure, self.cache) if self.cache else measure()
         # How many images published moments are of, no file says; it is not the number beside them.
         count = None if given else measured.count
         return Reference(location, replace(measured, count=count, parts={**measured.parts, **given}))
+
+    def check_images(self, location: str) -> None:
+        """Fail before anything is measured where there are not enough images.
+
+        Raises:
+            EqmDistError: one sentence for the user.
+        """
+        self._check_count(len(self._open(location)), f"images in {location}")
+
+    def check_samples(self, samples: int, flag: str = "--samples") -> None:
+        """Fail before anything is measured where a flag says that too few images are drawn.
+
+        Raises:
+            DataError: they are too few.
+        """
+        self._check_count(samples, "drawn images", remedy=f"raise {flag}")
+
+    def _check_count(self, count: int, side: str, metrics: Sequence[str] = (), remedy: str = "bring more") -> None:
+        for metric in metrics or self.metrics:
+            lower = " or lower --kid-subset-size" if metric == "kid" else ""
+            check_count([metric], self.settings, count, side=side, remedy=f"{remedy}{lower}")
 
     def _open(self, location: str) -> Images:
         shape = getattr(self._loaded(), "image_shape", None)
@@ -297,6 +314,9 @@ def _written_beside(location: str) -> dict[str, Any]:
     path = Path(location) / RECORD_FILE
     if not path.is_file():
         return {}
-    written = json.loads(path.read_bytes())
+    try:
+        written = mapping_from_json(read_bounded(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} must be what pipelines/sample.py wrote ({error}); restore or remove it.") from None
     kept = ("model", "step", "weights_sha256", "labels", "sampler", "nfe", "seed")
     return {name: written[name] for name in kept if name in written}

@@ -56,7 +56,8 @@ def draw(
         EqmDistError: one sentence for the user.
     """
     labels_of(labels, torch.arange(1), model.config.data.num_classes, seed)
-    model.autoencoder  # noqa: B018 (fails here, in one sentence, and not on every actor)
+    model.require_pictures()  # here, in one sentence, and not on every actor
+    model.model  # noqa: B018 (likewise)
     settings = {
         "model": model.source,
         "step": model.step,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.hidden import hidden
+from eqm_dist.storage.location import local_path
 
 ENCODE_PIXELS = 32 * 256 * 256
 """Pixels encoded or decoded at once: the widest activations of Stable Diffusion's VAE take 0.5 KiB for each in bf16."""
@@ -36,6 +37,8 @@ class Autoencoder(Protocol):
     """Where the weights are, as ``load_autoencoder`` takes it; None where there are none."""
     latent_scale: float
     latent_shift: float
+    latent_channels: int | None
+    """C' of its latents; None where it is that of the images."""
 
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, H, W, C], uint8 -> moments [B, 2C', h, w], float32: means, then log-variances."""
@@ -53,6 +56,7 @@ class IdentityAutoencoder:
     location: str | None = None
     latent_scale = 1.0
     latent_shift = 0.0
+    latent_channels: int | None = None
 
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, H, W, C], uint8 -> moments [B, 2C, H, W], float32."""
@@ -80,6 +84,7 @@ class KLAutoencoder:
         self._vae = vae.eval().requires_grad_(False)
         self.id = id
         self.location: str | None = location
+        self.latent_channels: int | None = int(vae.config.latent_channels)
         self.latent_scale = float(vae.config.scaling_factor)
         self.latent_shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
 
@@ -139,10 +144,9 @@ def load_autoencoder(location: str | None, expected_id: str | None = None) -> Au
     """
     if location is None:
         autoencoder: Autoencoder = IdentityAutoencoder()
-    elif Path(location).expanduser().is_dir():
-        folder = Path(location).expanduser().absolute()
+    elif (folder := _folder(location)) is not None:
         autoencoder = KLAutoencoder(_read_vae(folder), f"{folder.name} (sha256 {_sha256(folder)[:16]})", str(folder))
-    elif match := re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w.-]+))?", location):
+    elif match := _HUB_ID.fullmatch(location):
         folder = _download(match[1], match[2])
         id = f"{match[1]}@{folder.name}"  # a snapshot's folder is named after its commit
         autoencoder = KLAutoencoder(_read_vae(folder), id, id)
@@ -157,6 +161,19 @@ def load_autoencoder(location: str | None, expected_id: str | None = None) -> Au
             "restore the one that made them."
         )
     return autoencoder
+
+
+def _folder(location: str) -> Path | None:
+    folder = local_path(location)
+    return folder if folder.is_dir() else None
+
+
+_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w.-]+))?")
+
+
+def is_hub_id(location: str | None) -> bool:
+    """Whether a location is the hub's, or that of the identity, and no folder of this machine."""
+    return location is None or (_HUB_ID.fullmatch(location) is not None and not Path(location).exists())
 
 
 def _read_vae(folder: Path) -> Any:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -73,6 +74,33 @@ def atomic_write(path: Path, content: bytes | memoryview) -> None:
     """
     with whole_file(path) as file:
         file.write(content)
+
+
+def make_writable(directory: Path) -> None:
+    """Make a directory if there is none, and try that a file can be written there: before work that ends with that.
+
+    Raises:
+        StorageError: it cannot.
+    """
+    with storage_errors("write to", directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+
+
+def try_append(path: Path) -> None:
+    """Try that a file can be appended to, and leave no trace of that.
+
+    Raises:
+        StorageError: it cannot.
+    """
+    with storage_errors("append to", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
+        # A pipe would wait for a reader.
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666))
+        if not existed:
+            path.unlink()
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -1,5 +1,6 @@
 """What a location is that a user names: a path on this machine, or a URL."""
 
+import os
 import re
 from pathlib import Path
 
@@ -20,7 +21,23 @@ def local_path(location: str | Path) -> Path:
             f"A location must be a local path, received the {match[1]}: URL {location}; "
             "use a local or mounted directory."
         )
-    return Path(location).expanduser().absolute()
+    if "\0" in str(location):
+        raise DataError("A location must be a local path, received one with a zero byte; correct it.")
+    try:
+        found = Path(location).expanduser().absolute()
+        # Of the working directory too: what is recorded, printed and sent to others must be text.
+        str(found).encode()
+    except RuntimeError:
+        raise DataError(
+            f"A location with ~ needs a home directory, and there is none for {location}; set HOME, or give the whole"
+            " path."
+        ) from None
+    except UnicodeEncodeError:
+        readable = os.fsencode(Path(location).absolute()).decode("utf-8", "backslashreplace")
+        raise DataError(f"A path must be text in UTF-8, received {readable}; rename its directories.") from None
+    except FileNotFoundError:
+        raise DataError("The working directory is gone; change to another one.") from None
+    return found
 
 
 def is_remote(location: str | Path) -> bool:

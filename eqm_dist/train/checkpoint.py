@@ -11,8 +11,10 @@ holds (docs/decisions/0004).
 """
 
 import hashlib
-import json
 import logging
+import math
+import os
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -26,15 +28,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from eqm_dist.documents import mapping_from_json, read_bounded
 from eqm_dist.errors import CheckpointError, DamagedCheckpointError
-from eqm_dist.run_directory import step_name
+from eqm_dist.run_directory import CONFIG_FILE, step_in, step_name
 from eqm_dist.train.distributed import all_reduce_sum, from_rank_zero, gather_objects, rank, world_size
-from eqm_dist.train.engine import WEIGHT, Engine, Fragment
+from eqm_dist.train.engine import Engine, Fragment
 from eqm_dist.train.state import TrainState
 
 FORMAT = 1
 MARKER = "COMPLETE.json"
 EMA_FILE = "ema.safetensors"
+FILE = re.compile(rf"state-\d{{4,9}}-of-\d{{4,9}}\.safetensors|{re.escape(EMA_FILE)}|{re.escape(CONFIG_FILE)}")
+"""What a marker may list."""
 
 Rule = Callable[[Sequence[int]], Collection[int]]
 """Which of the steps, given in order, are to be kept."""
@@ -84,8 +89,9 @@ class Checkpoints:
         return self.directory / step_name(step)
 
     def whole(self) -> list[Path]:
-        """All whole checkpoints, oldest first. Only the marker counts."""
-        return sorted(marker.parent for marker in self.directory.glob(f"step_*/{MARKER}"))
+        """All whole checkpoints, oldest first. Only the marker counts, and the name, which is one of ours."""
+        found = self._own()
+        return [found[step] for step in sorted(found) if (found[step] / MARKER).exists()]
 
     def steps(self) -> list[int]:
         """The steps of all whole checkpoints, in order."""
@@ -164,9 +170,17 @@ class Checkpoints:
 
     def retire(self) -> None:
         """Remove the checkpoints that are not to be kept, and what killed saves and removals left behind."""
-        kept = {self.path(step) for step in self.kept(self.steps())}
-        for old in set(self.directory.glob("step_*")) - kept:
-            remove(old)
+        kept = self.kept(self.steps())
+        for step, path in self._own().items():
+            if step not in kept:
+                remove(path)
+
+    def _own(self) -> dict[int, Path]:
+        """What lies here under a name of a checkpoint, by step. Copies that a user made have other names."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            names = {step_in(name): name for name in os.listdir(self.directory)}
+            return {step: self.directory / name for step, name in names.items() if step is not None}
+        return {}
 
 
 def remove(checkpoint: Path) -> None:
@@ -177,8 +191,10 @@ def remove(checkpoint: Path) -> None:
 
 
 def step_of(name: str) -> int:
-    """The step of a checkpoint by its name."""
-    return int(name.removeprefix("step_"))
+    """The step of a checkpoint of ours by its name."""
+    step = step_in(name)
+    assert step is not None, name
+    return step
 
 
 def read_marker(path: Path) -> dict[str, Any]:
@@ -188,13 +204,15 @@ def read_marker(path: Path) -> dict[str, Any]:
         CheckpointError: no marker, or not one of ours.
     """
     try:
-        content = (path / MARKER).read_bytes()
-    except FileNotFoundError:
+        content = read_bounded(path / MARKER)
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"A checkpoint must have a {MARKER}, but {path} has none; it was not finished, use another."
         ) from None
     except OSError as error:
         raise DamagedCheckpointError(f"{path / MARKER} cannot be read ({error.strerror}); check the disk.") from error
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{path / MARKER} is damaged ({error}); use another checkpoint.") from error
     return parse_marker(content, path)
 
 
@@ -206,16 +224,18 @@ def parse_marker(content: bytes, path: str | Path) -> dict[str, Any]:
         CheckpointError: it is of another release.
     """
     try:
-        marker = json.loads(content)
+        marker = mapping_from_json(content)
         if marker["format"] != FORMAT:
             raise CheckpointError(
                 f"A checkpoint must have format {FORMAT}, but {path} has {marker['format']}; use the matching release."
             )
-        if not isinstance(marker["step"], int):
+        if type(marker["step"]) is not int or marker["step"] < 0:
             raise TypeError(f"step {marker['step']!r}")
         for name, record in marker["files"].items():
             bytes.fromhex(record["sha256"])
-            if Path(name).name != name:  # one from elsewhere must not lead out of its directory
+            if type(record["bytes"]) is not int:
+                raise TypeError(f"{name} of {record['bytes']!r} bytes")
+            if not FILE.fullmatch(name):  # one from elsewhere must not lead out of its directory
                 raise ValueError(f"file name {name!r}")
         # Checkpoints of the first release have the step alone.
         marker.setdefault("state", {"step": marker["step"], "updates": marker["step"]})
@@ -224,6 +244,9 @@ def parse_marker(content: bytes, path: str | Path) -> dict[str, Any]:
                 f"{path}/{MARKER} holds a state that this release does not know ({', '.join(sorted(unknown))}); use the"
                 " matching release."
             )
+        for name, value in marker["state"].items():
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise TypeError(f"{name} {value!r}")
         return marker
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(f"{path}/{MARKER} is damaged ({error!r}); use another checkpoint.") from error
@@ -250,8 +273,108 @@ def verify_file(path: Path, name: str, marker: Mapping[str, Any]) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What the files of a whole checkpoint hold; of the tensors nothing is read yet.
+
+    Attributes:
+        pieces: by state and parameter, in the order of their ranges.
+        shapes: of the whole EMA, parameters that are not trained among them.
+    """
+
+    pieces: Mapping[tuple[str, str], "list[Piece]"]
+    shapes: Mapping[str, torch.Size]
+
+    @property
+    def states(self) -> list[str]:
+        """``weight``, ``exp_avg``, ``ema_DECAY``, ..."""
+        return sorted({state for state, _ in self.pieces})
+
+    @property
+    def trained(self) -> list[str]:
+        """The parameters that training changes."""
+        return sorted({name for _, name in self.pieces})
+
+
+def contents_of(path: Path, marker: Mapping[str, Any]) -> Contents:
+    """What a whole checkpoint is, in one place: for resuming, verifying, loading and fetching from a mirror.
+
+    It has a config, an EMA and the states of all its writers, each of the size in the marker; every number is fp32;
+    every state has every element of every trained parameter once, and the EMA has every parameter. What the bytes are
+    is for ``verify_file`` to say.
+
+    Args:
+        path: the checkpoint; its marker need not be there yet.
+        marker: as ``parse_marker`` gives it.
+
+    Raises:
+        DamagedCheckpointError: it is not whole, and why.
+    """
+    _check_files(path, marker)
+    try:
+        pieces = read_pieces(path, marker["files"])
+        with safe_open(path / EMA_FILE, framework="pt") as ema:
+            slices = {name: ema.get_slice(name) for name in ema.keys()}  # noqa: SIM118
+            shapes = {name: torch.Size(part.get_shape()) for name, part in slices.items()}
+            dtypes = {part.get_dtype() for part in slices.values()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DamagedCheckpointError(f"The checkpoint {path} cannot be read ({error}); use another one.") from error
+    dtypes |= {piece.values.get_dtype() for parts in pieces.values() for piece in parts}
+    if dtypes != {"F32"}:
+        others = ", ".join(sorted(dtypes - {"F32"})) or "none"
+        raise DamagedCheckpointError(
+            f"A checkpoint must hold fp32 numbers alone, but {path} has {others}; use another one."
+        )
+    found = Contents(pieces, shapes)
+    for state in found.states:
+        for name in found.trained:
+            _check_ranges(path, state, name, pieces.get((state, name), []), shapes.get(name))
+    return found
+
+
+def _check_files(path: Path, marker: Mapping[str, Any]) -> None:
+    """Every file that makes a checkpoint whole is listed and there, and has its size."""
+    files = marker["files"]
+    states = {name for name in files if name not in (EMA_FILE, CONFIG_FILE)}
+    expected = {f"state-{at:04d}-of-{len(states):04d}.safetensors" for at in range(max(1, len(states)))}
+    for name in sorted({EMA_FILE, CONFIG_FILE} | expected | states):
+        if name not in files or (name in states and name not in expected):
+            raise DamagedCheckpointError(
+                f"A checkpoint must have {EMA_FILE}, {CONFIG_FILE} and the states of all its writers, but the {MARKER}"
+                f" of {path} {'lists' if name in files else 'does not list'} {name}; use another one."
+            )
+        try:
+            size = (path / name).stat().st_size
+        except OSError as error:
+            raise DamagedCheckpointError(
+                f"{path / name} cannot be read ({error.strerror}); use another checkpoint."
+            ) from error
+        if size != files[name]["bytes"]:
+            raise DamagedCheckpointError(
+                f"{path / name} is damaged: it has {size:,} bytes, its marker says {files[name]['bytes']:,};"
+                " use another checkpoint."
+            )
+
+
+def _check_ranges(path: Path, state: str, name: str, pieces: "Sequence[Piece]", shape: torch.Size | None) -> None:
+    """The pieces, in order, are every element once, and as many as the EMA has."""
+    end = 0
+    for piece in pieces:
+        if piece.start != end:
+            raise DamagedCheckpointError(
+                f"{path} must hold every element of every state once, but of {state} of {name} it has"
+                f" {'two of' if piece.start < end else 'none of'} element {min(piece.start, end):,}; use another one."
+            )
+        end += piece.numel
+    if shape is None or end != shape.numel():
+        raise DamagedCheckpointError(
+            f"{path} has {end:,} elements of {state} of {name}, and {EMA_FILE} has"
+            f" {0 if shape is None else shape.numel():,}; use another one."
+        )
+
+
 def read_pieces(path: Path, files: Iterable[str]) -> "defaultdict[tuple[str, str], list[Piece]]":
-    """What the state files among these hold, by state and parameter; nothing is read yet.
+    """What the state files among these hold, by state and parameter, in order; nothing is read yet.
 
     Raises:
         SafetensorError, OSError, ValueError: a file is not one of ours.
@@ -262,7 +385,12 @@ def read_pieces(path: Path, files: Iterable[str]) -> "defaultdict[tuple[str, str
             reader = safe_open(path / file, framework="pt")
             for key in reader.keys():  # noqa: SIM118 (a safetensors reader is not a mapping)
                 state, parameter, start = key.split("/")
-                pieces[state, parameter].append(Piece(int(start), reader.get_slice(key)))
+                piece = Piece(int(start), reader.get_slice(key))
+                if len(piece.values.get_shape()) != 1:
+                    raise ValueError(f"{key} has the shape {piece.values.get_shape()}")
+                pieces[state, parameter].append(piece)
+    for parts in pieces.values():
+        parts.sort(key=lambda piece: piece.start)
     return pieces
 
 
@@ -281,17 +409,13 @@ def read_whole(path: Path, state: str | None = None) -> dict[str, Tensor]:
     files = [EMA_FILE] if state is None else [name for name in marker["files"] if name.endswith(".safetensors")]
     for name in files:
         verify_file(path, name, marker)
+    contents = contents_of(path, marker)
+    if state is not None and state not in contents.states:
+        raise CheckpointError(f"{path} holds {', '.join(contents.states)}, and not {state}; choose one that it holds.")
     try:
         whole = load_file(path / EMA_FILE)
-        pieces = read_pieces(path, files)
-        states = sorted({each for each, _ in pieces})
-        if state is not None and state not in states:
-            raise CheckpointError(f"{path} holds {', '.join(states)}, and not {state}; choose one that it holds.")
-        for name, values in whole.items():
-            if (state, name) in pieces:
-                filled = fill(Fragment(name, state or "", 0, values.view(-1)), pieces[state or "", name])
-                if filled != values.numel():
-                    raise DamagedCheckpointError(f"{path} has {filled:,} of {values.numel():,} elements of {name}.")
+        for name in contents.trained if state is not None else ():
+            fill(Fragment(name, state or "", 0, whole[name].view(-1)), contents.pieces[state or "", name])
     except (SafetensorError, OSError, ValueError) as error:
         raise DamagedCheckpointError(f"The checkpoint {path} cannot be read ({error}); use another one.") from error
     return whole
@@ -302,11 +426,13 @@ def _restore(path: Path, engine: Engine) -> TrainState:
     marker = read_marker(path)
     for name in sorted(marker["files"])[rank() :: world_size()]:
         verify_file(path, name, marker)
+    if step_in(path.name) not in (None, marker["step"]):
+        raise DamagedCheckpointError(f"{path / MARKER} is of step {marker['step']:,}; use another checkpoint.")
+    contents = contents_of(path, marker)
+    _check_model(contents, engine.shapes, path)
     try:
-        pieces = read_pieces(path, marker["files"])
-        _check_model(pieces, engine.shapes, path)
         for fragment in engine.fragments():
-            filled = fill(fragment, pieces[fragment.state, fragment.name])
+            filled = fill(fragment, contents.pieces.get((fragment.state, fragment.name), []))
             if filled != fragment.values.numel():
                 raise CheckpointError(
                     f"A checkpoint must hold every state that the run needs, but {path} has {filled:,} of"
@@ -339,9 +465,9 @@ class Piece(NamedTuple):
         return self.values.get_shape()[0]
 
 
-def _check_model(pieces: Mapping[tuple[str, str], list[Piece]], shapes: Mapping[str, torch.Size], path: Path) -> None:
+def _check_model(contents: Contents, shapes: Mapping[str, torch.Size], path: Path) -> None:
     """A piece of another model may well fill a range of this one, so whole parameters are compared."""
-    saved = {name: sum(piece.numel for piece in parts) for (state, name), parts in pieces.items() if state == WEIGHT}
+    saved = {name: contents.shapes[name].numel() for name in contents.trained}
     expected = {name: shape.numel() for name, shape in shapes.items()}
     for name in sorted(saved.keys() | expected.keys()):
         if saved.get(name) != expected.get(name):
@@ -351,7 +477,7 @@ def _check_model(pieces: Mapping[tuple[str, str], list[Piece]], shapes: Mapping[
             )
 
 
-def fill(fragment: Fragment, pieces: list[Piece]) -> int:
+def fill(fragment: Fragment, pieces: Sequence[Piece]) -> int:
     """Copy what the pieces have of a fragment into it; returns the number of elements."""
     start, stop, filled = fragment.start, fragment.start + fragment.values.numel(), 0
     for piece in pieces:

@@ -4,13 +4,14 @@ evaluations/step_00001000.json   {"step": 1000, "metrics": {...}, "pictures": [.
                                  {"step": 1000, "failed": "why"}
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eqm_dist.run_directory import step_name
+from eqm_dist.documents import mapping_from_json, read_bounded, to_json
+from eqm_dist.errors import DataError
+from eqm_dist.run_directory import result_step, step_name
 from eqm_dist.storage.files import atomic_write, storage_errors
 
 SCORE = "eval/fid"
@@ -49,9 +50,15 @@ class Evaluations:
         self._write(step, {"step": step, "failed": reason})
 
     def results(self) -> dict[int, dict[str, Any]]:
-        """All records by step, in order."""
-        files = sorted(self.directory.glob("step_*.json"))
-        return {record["step"]: record for record in (json.loads(file.read_bytes()) for file in files)}
+        """All records by step, in order.
+
+        Raises:
+            DataError: one of them is damaged.
+        """
+        if not self.directory.is_dir():
+            return {}
+        steps = sorted(step for file in self.directory.iterdir() if (step := result_step(file.name)) is not None)
+        return {step: self._read(step) for step in steps}
 
     def awaited(self, steps: Iterable[int]) -> list[int]:
         """Those of the steps that are to be evaluated and have no record yet."""
@@ -83,10 +90,20 @@ class Evaluations:
         """These are no news."""
         self._seen.update(steps)
 
+    def _read(self, step: int) -> dict[str, Any]:
+        path = self._file(step)
+        try:
+            record = mapping_from_json(read_bounded(path))
+            if record.get("step") != step or not isinstance(record.get("metrics", {}), dict):
+                raise ValueError("it is no result of this step")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} must be a result of an evaluation ({error}); delete it.") from None
+        return record
+
     def _file(self, step: int) -> Path:
         return self.directory / f"{step_name(step)}.json"
 
     def _write(self, step: int, record: Mapping[str, Any]) -> None:
         with storage_errors("create", self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-        atomic_write(self._file(step), (json.dumps(record, indent=1) + "\n").encode())
+        atomic_write(self._file(step), (to_json(record, 1) + "\n").encode())

@@ -8,7 +8,6 @@ A run directory that is lost, or older than its mirror, is fetched from there wh
 
 import hashlib
 import logging
-import re
 import shutil
 import threading
 from collections.abc import Sequence
@@ -18,13 +17,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from eqm_dist.errors import CheckpointError, StorageError
-from eqm_dist.run_directory import CHECKPOINTS, MLFLOW_FILE, is_report
+from eqm_dist.run_directory import CHECKPOINTS, MLFLOW_FILE, is_report, step_in
 from eqm_dist.storage.files import atomic_write, storage_errors, whole_file
 from eqm_dist.storage.folder import Folder
 from eqm_dist.storage.open import open_folder
-from eqm_dist.train.checkpoint import MARKER, Checkpoints, parse_marker, step_of
+from eqm_dist.train.checkpoint import MARKER, Checkpoints, contents_of, parse_marker, step_of
 
-STEP = re.compile(r"step_\d+")
 TRANSFERS = 4
 """Files copied or fetched at once."""
 
@@ -150,7 +148,8 @@ class Mirror:
     def _retire(self) -> None:
         """Keep what the run keeps; remove the other checkpoints, and what killed copies left behind."""
         kept = self._checkpoints.kept([step_of(name) for name in reversed(self.whole())])
-        removed = [place for place in self._places.folders() if STEP.fullmatch(place) and step_of(place) not in kept]
+        steps = {place: step_in(place) for place in self._places.folders()}
+        removed = [place for place, step in steps.items() if step is not None and step not in kept]
         names = [name for name in self._places.walk() if name.split("/")[0] in removed]
         for name in sorted(names, key=lambda name: not name.endswith(f"/{MARKER}")):  # markers first
             self._places.remove(name)
@@ -164,14 +163,16 @@ class Mirror:
             StorageError: the mirror cannot be listed.
         """
         marked = (name.rpartition("/") for name in self._places.walk())
-        return sorted((name for name, _, file in marked if file == MARKER and STEP.fullmatch(name)), reverse=True)
+        found = (name for name, _, file in marked if file == MARKER and step_in(name) is not None)
+        return sorted(found, key=step_of, reverse=True)
 
     def newer(self) -> list[str]:
         """Those of ``whole`` that are newer than everything in the run directory."""
         latest = self._checkpoints.latest()
-        whole = [name for name in self.whole() if latest is None or name > latest.name]
+        newest = step_of(latest.name) if latest else -1
+        whole = [name for name in self.whole() if step_of(name) > newest]
         for name in self._places.folders():
-            if STEP.fullmatch(name) and name > max(whole, default=latest.name if latest else ""):
+            if (step_in(name) or -1) > max(map(step_of, whole), default=newest):
                 logger.warning(
                     "warning: the copy of %s to %s was not finished; it is passed over", name, self.reports.url
                 )
@@ -230,6 +231,7 @@ class Mirror:
 
         with ThreadPoolExecutor(TRANSFERS, thread_name_prefix="mirror") as threads:
             list(threads.map(fetch, marker["files"]))
+        contents_of(target, marker)
         return content
 
     def _fetch_reports(self) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eqm_dist.build import check_evaluated_samples
 from eqm_dist.config import Config
 from eqm_dist.errors import ConfigError
 from eqm_dist.options import Axis, keys_with, with_overrides
@@ -66,6 +67,7 @@ def check(plan: Plan) -> None:
         raise ConfigError(
             "evaluation.asynchronous has no effect in a sweep, whose trials share the machine; leave it out."
         )
+    check_evaluated_samples(config)
     if search.how == "pbt":
         _check_population(plan)
     elif plan.reduction and plan.grace % config.evaluation.every:

@@ -47,7 +47,7 @@ class Plan:
     @property
     def root(self) -> Path:
         """The directory of the runs, the model among them if it is one."""
-        return self.model.run.parent if self.model.run else runs_root()
+        return self.model.run.parent if self.model.run and self.model.own else runs_root()
 
     def sampler(self, point: Overrides) -> dict[str, Any]:
         """A point as keys of ``sampler`` that turn the model's own sampler into that of the trial."""
