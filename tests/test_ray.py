@@ -13,7 +13,6 @@ import psutil
 import pytest
 
 from eqm_dist.cli import config_from, parser
-from eqm_dist.errors import LaunchError
 from eqm_dist.open_run import open_run
 from eqm_dist.track.jsonl import read_metrics
 from tests.distributed import run_ranks
@@ -233,11 +232,3 @@ def test_more_workers_than_the_batch_are_refused(tmp_path: Path, local_cluster_e
     )
     assert failed.returncode == 2, failed.stdout + failed.stderr
     assert "train.global_batch=1 must be at least the number of workers, 2" in failed.stderr
-
-
-def test_an_address_where_no_cluster_answers_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    from eqm_dist.launch.ray_cluster import cluster
-
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    with pytest.raises(LaunchError, match="RAY_ADDRESS must name a Ray cluster that answers"), cluster():
-        pass

@@ -3,17 +3,26 @@
 import logging
 import os
 import re
+import secrets
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import ray
+from ray._private import ray_constants, services
+from ray.exceptions import RayError
 
 from eqm_dist.errors import LaunchError
+from eqm_dist.redaction import redacted
 
 _CONNECT_TIMEOUT_S = 10
+# The driver shows rank 0's own log; Ray's copies of it would only repeat the lines.
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+_REFUSALS = (OSError, RuntimeError, ValueError, RayError)
 _MOST_CPU_WORKERS = 4  # beyond that, exchanging gradients on a CPU costs more than it saves
 
 
@@ -36,43 +45,95 @@ class Offer:
 
 @contextmanager
 def cluster() -> Iterator[None]:
-    """Join the cluster that RAY_ADDRESS names, or one that runs here; otherwise start a local one and end it after.
+    """Join the cluster that RAY_ADDRESS names, or one that ``ray start`` began here; else start a local one and end it.
 
-    A process that is in a cluster stays in it.
+    A local cluster is nobody else's: it listens on the loopback interface, its files lie in a directory of the user's
+    own, and its token is not for others to read. A process that is in a cluster stays in it.
 
     Raises:
-        LaunchError: RAY_ADDRESS names a cluster that does not answer.
+        LaunchError: RAY_ADDRESS names no cluster, or one that does not answer; or a local one does not start.
     """
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS", "")
-    if match := re.fullmatch(r"(?P<host>[^:/]+):(?P<port>\d+)", address):
-        _check_answers(address, match["host"], int(match["port"]))
+    address = os.environ.get("RAY_ADDRESS", "") or services.find_bootstrap_address(None) or "local"
+    with _local_cluster() if address == "local" else _joined_cluster(address):
+        yield
+
+
+@contextmanager
+def _joined_cluster(address: str) -> Iterator[None]:
+    parts = re.fullmatch(r"(ray://)?(?P<host>[^:/\s]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})", address)
+    if parts is None and address != "auto":
+        raise LaunchError(
+            f"RAY_ADDRESS must be HOST:PORT of a cluster's head, auto or local, got {redacted(address)}; the port is"
+            " 6379 unless `ray start` was told another, and `ray job submit` takes the http:// address."
+        )
     try:
-        # The driver shows rank 0's own log; Ray's copies of it would only repeat the lines.
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, include_dashboard=None)
-    except (ConnectionError, RuntimeError) as error:
-        raise _no_cluster(address, error) from error
+        if parts is not None:  # Ray itself goes on trying for minutes, in silence
+            socket.create_connection((parts["host"].strip("[]"), int(parts["port"])), _CONNECT_TIMEOUT_S).close()
+        ray.init(address, **_QUIET)
+    except _REFUSALS as error:
+        raise LaunchError(
+            f"RAY_ADDRESS must name a Ray cluster that answers, got {address} ({_first_line(error)});"
+            " start it with `ray start --head`, or unset RAY_ADDRESS to use this machine."
+        ) from error
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _check_answers(address: str, host: str, port: int) -> None:
-    # Ray itself goes on trying for minutes, in silence.
+@contextmanager
+def _local_cluster() -> Iterator[None]:
+    _keep_token_private()
+    with tempfile.TemporaryDirectory(prefix="eqm-dist-ray-", ignore_cleanup_errors=True) as private:  # mode 0700
+        try:
+            # Ray opens its own directory to everybody, so that is one within. Nobody looks at the dashboard of a
+            # cluster that ends with its command.
+            with _on_loopback():
+                ray.init(
+                    "local",
+                    _temp_dir=str(Path(private) / "ray"),
+                    include_dashboard=False,
+                    _system_config={"enable_metrics_collection": False},
+                    **_QUIET,
+                )
+        # Ray has no class of its own for a start that takes too long.
+        except Exception as error:
+            ray.shutdown()
+            raise LaunchError(
+                f"Ray must start on this machine, but did not ({_first_line(error)}); end what keeps the machine busy"
+                " and run the command again, or use --launch.launcher local where the command has it."
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let a Ray that starts here take 127.0.0.1 for its address, as it does on macOS; on Linux it has no option."""
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
-        socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise _no_cluster(address, error) from error
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def _no_cluster(address: str, error: Exception) -> LaunchError:
-    return LaunchError(
-        f"RAY_ADDRESS must name a Ray cluster that answers, got {address or 'none'} ({str(error).splitlines()[0]});"
-        " start it with `ray start --head`, or unset RAY_ADDRESS to use this machine."
-    )
+def _keep_token_private() -> None:
+    """Take the token of the user's home, for nobody else to read; or make one for this process and what it starts."""
+    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return
+    try:
+        (Path.home() / ".ray" / "auth_token").chmod(0o600)  # Ray writes it for all to read
+    except (OSError, RuntimeError):  # no token, no home, or not ours
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def offer(
