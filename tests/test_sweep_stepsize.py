@@ -73,7 +73,8 @@ def flags(run: Path, out: Path, space: object = SPACE, **others: object) -> list
     file = out.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(space))
     values = {"model": run, "run.root": run.parent, "out": out, "space": file, "launcher": "local",
-              "rungs": "16,32", "samples": 48, "reduction": 4, "track.mlflow": "false", "cache": run.parent / "cache", **others}  # fmt: skip
+              "rungs": "16,32", "samples": 48, "reduction": 4, "track.mlflow": "false",
+              "cache": run.parent / "cache", **others}  # fmt: skip
     return [part for key, value in values.items() for part in (f"--{key}", str(value))]
 
 

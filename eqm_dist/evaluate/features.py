@@ -14,6 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eqm_dist.documents import from_json, mapping_from_json
 from eqm_dist.errors import DataError
 
 WEIGHTS_FILE = "digit_classifier.safetensors"
@@ -90,7 +91,7 @@ def load_classifier(path: str) -> ImageClassifier:
     """
     try:
         return _classifier(Path(path).read_bytes())
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise DataError(
             "An extractor must be digits, inception, dinov2-vit-l-14 (or s, b, g), module:factory or a file of `python"
             f" pipelines/train_classifier.py`, and {path} cannot be read as one"
@@ -115,9 +116,10 @@ def _packaged(content: bytes) -> ImageClassifier:
 
 def _classifier(content: bytes) -> ImageClassifier:
     # A safetensors file begins with the length of its header; load() leaves the metadata in there.
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    metadata = header["__metadata__"]
-    classifier = ImageClassifier(tuple(json.loads(metadata["image_shape"])), int(metadata["num_classes"]))
-    classifier.load_state_dict(load(content))
+    header = mapping_from_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    metadata, weights = header["__metadata__"], load(content)
+    with torch.device("meta"):  # nothing is allocated for what the file only claims
+        classifier = ImageClassifier(tuple(from_json(metadata["image_shape"])), int(metadata["num_classes"]))
+    classifier.load_state_dict(weights, assign=True)
     classifier.id = f"classifier (weights {hashlib.sha256(content).hexdigest()[:16]})"
     return classifier.eval().requires_grad_(False)

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import yaml
 
 from eqm_dist.config import Config
+from eqm_dist.documents import MOST_YAML_BYTES, from_yaml, read_bounded
 from eqm_dist.errors import ConfigError
 from eqm_dist.options import options, suggestion
 
@@ -163,12 +163,11 @@ def read_space(path: str, known: Collection[str]) -> Space:
         if path.endswith(".py"):
             values = runpy.run_path(path).get("space")
         else:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            values = from_yaml(read_bounded(Path(path), MOST_YAML_BYTES))
     except OSError as error:
         raise ConfigError(f"--space must name a readable YAML or Python file, got {path} ({error.strerror}).") from None
-    except yaml.YAMLError as error:
-        line = " ".join(str(error).split())
-        raise ConfigError(f"--space must name a YAML file, and {path} is not valid YAML: {line}.") from None
+    except ValueError as error:
+        raise ConfigError(f"--space must name a YAML file, and {path} is not valid YAML: {error}.") from None
     return parse_space(values, known, path)
 
 
