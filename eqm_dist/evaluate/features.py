@@ -6,7 +6,6 @@ One extractor among others (``extractors``), for images that Inception was not m
 import hashlib
 import json
 from importlib import resources
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -14,8 +13,9 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eqm_dist.documents import from_json, mapping_from_json
+from eqm_dist.documents import from_json, mapping_from_json, read_bounded
 from eqm_dist.errors import DataError
+from eqm_dist.storage.location import local_path
 
 WEIGHTS_FILE = "digit_classifier.safetensors"
 WEIGHTS_SHA256 = "92201c7a43287786de50e73b64c899b40b14896d48672bee6d2163ce64071127"
@@ -90,7 +90,7 @@ def load_classifier(path: str) -> ImageClassifier:
         DataError: no such file, or another kind of file.
     """
     try:
-        return _classifier(Path(path).read_bytes())
+        return _classifier(read_bounded(local_path(path)))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise DataError(
             "An extractor must be digits, inception, dinov2-vit-l-14 (or s, b, g), module:factory or a file of `python"
