@@ -308,6 +308,11 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume.", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:  # one that nobody has turned into a sentence of its own
+        what = f" of {error.filename}" if error.filename else ""
+        print(f"error: The machine refused the use{what}: {redacted(error.strerror or str(error))}; check the disk, the"
+              " mount and the permissions.", file=sys.stderr)  # fmt: skip
+        sys.exit(1)
     except MemoryError:
         print("error: The memory of this machine is not enough; lower the sizes or the batch.", file=sys.stderr)
         sys.exit(1)

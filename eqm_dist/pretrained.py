@@ -359,7 +359,12 @@ def load(
 
 def is_own(path: Path, runs: Path) -> bool:
     """Whether what lies there is the user's own: in the directory of the runs, by its name or where links lead."""
-    return Path(os.path.normpath(path)).is_relative_to(runs) or path.resolve().is_relative_to(runs.resolve())
+    return Path(os.path.normpath(path)).is_relative_to(runs) or _real(path).is_relative_to(_real(runs))
+
+
+def _real(path: Path) -> Path:
+    """Where links lead; of a loop of links, as ``Path.resolve`` does not, some path."""
+    return Path(os.path.realpath(path))
 
 
 def _within(place: Path, own: bool, *names: str | Path) -> None:
@@ -370,11 +375,11 @@ def _within(place: Path, own: bool, *names: str | Path) -> None:
     """
     if own:
         return
-    root = place.resolve()
+    root = _real(place)
     # In the cache of the hub a snapshot is made of links to the blobs of its repository.
     roots = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
     for name in names:
-        found = (place / name).resolve()
+        found = _real(place / name)
         if not any(found.is_relative_to(each) for each in roots) or (found.exists() and not found.is_file()):
             raise CheckpointError(
                 f"The files of a model from elsewhere must lie in its directory, and {place / name} is a link out of it"

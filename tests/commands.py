@@ -39,6 +39,19 @@ def actions(parser: argparse.ArgumentParser) -> Iterator[tuple[list[str], argpar
             yield [], action
 
 
+def parser(name: str) -> argparse.ArgumentParser:
+    """The parser of a command."""
+    return importlib.import_module(f"eqm_dist.commands.{name.replace('-', '_')}").make_parser()
+
+
+def needed(parser: argparse.ArgumentParser) -> list[str]:
+    """What a command line cannot be without."""
+    found = [action for before, action in actions(parser) if not before]
+    flags = [part for action in found if action.option_strings and action.required
+             for part in (action.option_strings[0], "x")]  # fmt: skip
+    return [*flags, *("x" for action in found if not action.option_strings)]
+
+
 def with_text(parser: argparse.ArgumentParser, text: str) -> Iterator[list[str]]:
     """A command line for each flag and argument that takes any text: with this one there, and all that it needs."""
     found = list(actions(parser))

@@ -118,7 +118,7 @@ def read_manifest(location: str | Path | Folder) -> Manifest:
             )
         # As JSON, for its tuples are lists.
         return Manifest.model_validate_json(text)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
         raise DataError(
             f"The manifest {path} is damaged ({reason}); restore it, or prepare the shards again."

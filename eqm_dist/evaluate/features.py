@@ -6,7 +6,6 @@ One extractor among others (``extractors``), for images that Inception was not m
 import hashlib
 import json
 from importlib import resources
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -14,7 +13,9 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eqm_dist.documents import from_json, mapping_from_json, read_bounded
 from eqm_dist.errors import DataError
+from eqm_dist.storage.location import local_path
 
 WEIGHTS_FILE = "digit_classifier.safetensors"
 WEIGHTS_SHA256 = "92201c7a43287786de50e73b64c899b40b14896d48672bee6d2163ce64071127"
@@ -89,8 +90,8 @@ def load_classifier(path: str) -> ImageClassifier:
         DataError: no such file, or another kind of file.
     """
     try:
-        return _classifier(Path(path).read_bytes())
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        return _classifier(read_bounded(local_path(path)))
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise DataError(
             "An extractor must be digits, inception, dinov2-vit-l-14 (or s, b, g), module:factory or a file of `python"
             f" pipelines/train_classifier.py`, and {path} cannot be read as one"
@@ -115,9 +116,10 @@ def _packaged(content: bytes) -> ImageClassifier:
 
 def _classifier(content: bytes) -> ImageClassifier:
     # A safetensors file begins with the length of its header; load() leaves the metadata in there.
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    metadata = header["__metadata__"]
-    classifier = ImageClassifier(tuple(json.loads(metadata["image_shape"])), int(metadata["num_classes"]))
-    classifier.load_state_dict(load(content))
+    header = mapping_from_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    metadata, weights = header["__metadata__"], load(content)
+    with torch.device("meta"):  # nothing is allocated for what the file only claims
+        classifier = ImageClassifier(tuple(from_json(metadata["image_shape"])), int(metadata["num_classes"]))
+    classifier.load_state_dict(weights, assign=True)
     classifier.id = f"classifier (weights {hashlib.sha256(content).hexdigest()[:16]})"
     return classifier.eval().requires_grad_(False)

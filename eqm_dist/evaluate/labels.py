@@ -33,9 +33,11 @@ def labels_of(rule: str, indices: Tensor, num_classes: int, seed: int) -> Tensor
         draws = rng.uniform(seed, rng.Stream.START_LABEL, indices, (), dtype=torch.float64)
         return (draws * num_classes).long().clamp(max=num_classes - 1)
     classes = rule.split(",")
-    if not all(part.strip().isdecimal() and int(part) <= num_classes for part in classes):
+    most = len(str(num_classes))  # of 5,000 digits Python makes no number at all
+    if not all(len(part.strip()) <= most and part.strip().isdecimal() and int(part) <= num_classes for part in classes):
         raise ConfigError(
-            f"--labels must be balanced, random, or classes up to {num_classes} (which is none) like 3,1,4, got {rule};"
+            f"--labels must be balanced, random, or classes up to {num_classes} (which is none) like 3,1,4, got"
+            f" {rule[:100]};"
             " correct it."
         )
     named = torch.tensor([int(part) for part in classes], device=indices.device)

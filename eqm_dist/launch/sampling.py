@@ -1,6 +1,5 @@
 """Images drawn from a trained model by all actors of a cluster: what ``pipelines/sample.py`` calls."""
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ import numpy as np
 import torch
 
 from eqm_dist.data.image_set import GRID_FILE, NFE_FILE, RECORD_FILE, Format, ImageSet, Unit, open_image_set
+from eqm_dist.documents import mapping_from_json, read_bounded
+from eqm_dist.errors import DataError
 from eqm_dist.evaluate.figures import nfe_histogram
 from eqm_dist.evaluate.grid import sample_grid
 from eqm_dist.evaluate.labels import labels_of
@@ -99,7 +100,10 @@ class DrawUnit:
 
 
 def _report(model: Pretrained, images: ImageSet, out: Path) -> str:
-    record = json.loads((out / RECORD_FILE).read_bytes())
+    try:
+        record = mapping_from_json(read_bounded(out / RECORD_FILE))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{out / RECORD_FILE} is damaged ({error}); delete {out} to start over.") from None
     classes = min(GRID_CLASSES, model.config.data.num_classes)
     wanted = min(images.count, classes * GRID_COLUMNS)
     grid = out / GRID_FILE

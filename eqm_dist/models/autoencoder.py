@@ -10,13 +10,16 @@ images   [B, H, W, C] uint8
 """
 
 import hashlib
+import math
 import re
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
+from eqm_dist.documents import mapping_from_json, read_bounded
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.hidden import hidden
 from eqm_dist.storage.location import local_path
@@ -24,6 +27,8 @@ from eqm_dist.storage.location import local_path
 ENCODE_PIXELS = 32 * 256 * 256
 """Pixels encoded or decoded at once: the widest activations of Stable Diffusion's VAE take 0.5 KiB for each in bf16."""
 
+_MOST_CONFIG_BYTES, _MOST_PARTS, _MOST_SIZE = 1 << 20, 32, 1 << 16
+"""Bounds of a VAE's config, far above those of any that there is."""
 _CONFIG = "config.json"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -191,12 +196,36 @@ def _read_vae(folder: Path) -> Any:
             f"A VAE needs the package diffusers ({error}); install it with: pip install 'eqm-dist[vae]'."
         ) from error
     try:
+        _check_sizes(folder, AutoencoderKL)
         return AutoencoderKL.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
         )
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (
+        Exception
+    ) as error:  # whatever a config of somebody else's makes diffusers raise, it is the folder that is bad
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(f"{folder} must hold a diffusers AutoencoderKL ({reason}); correct --autoencoder.") from error
+
+
+def _check_sizes(folder: Path, kind: Any) -> None:
+    """Refuse a config that describes a larger network than the weights beside it are, before it is made.
+
+    Raises:
+        ValueError: it does.
+    """
+    config = mapping_from_json(read_bounded(folder / _CONFIG, _MOST_CONFIG_BYTES))
+    for name, value in config.items():
+        parts = value if isinstance(value, list) else [value]
+        if len(parts) > _MOST_PARTS or any(isinstance(part, int) and part > _MOST_SIZE for part in parts):
+            raise ValueError(f"{name} is too large")
+    if isinstance(layers := config.get("layers_per_block", 0), int) and layers > _MOST_PARTS:
+        raise ValueError("layers_per_block is too large")
+    with torch.device("meta"):
+        named = sum(parameter.numel() for parameter in kind.from_config(config).parameters())
+    with safe_open(folder / _WEIGHTS, framework="pt") as weights:
+        held = sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+    if named > held:
+        raise ValueError(f"{_CONFIG} describes {named:,} parameters, and {_WEIGHTS} has {held:,}")
 
 
 def _sha256(folder: Path) -> str:

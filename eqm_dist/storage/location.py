@@ -6,6 +6,8 @@ from pathlib import Path
 
 from eqm_dist.errors import DataError
 
+MOST_BYTES, MOST_NAME_BYTES = 4095, 255
+"""Of a path and of each name in it, on Linux."""
 DEADLINE_S = 60.0
 """Seconds without a byte of progress after which S3 is given up, where nobody says otherwise."""
 
@@ -37,6 +39,11 @@ def local_path(location: str | Path) -> Path:
         raise DataError(f"A path must be text in UTF-8, received {readable}; rename its directories.") from None
     except FileNotFoundError:
         raise DataError("The working directory is gone; change to another one.") from None
+    if len(str(found).encode()) > MOST_BYTES or any(len(part.encode()) > MOST_NAME_BYTES for part in found.parts):
+        raise DataError(
+            f"A path must have at most {MOST_BYTES:,} bytes, and a name in it {MOST_NAME_BYTES}, received"
+            f" {str(location)[:50]}...; correct it."
+        )
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 from eqm_dist.errors import ConfigError
 from eqm_dist.evaluate.record import append_records
 from eqm_dist.storage.files import atomic_write, storage_errors
-from eqm_dist.track.jsonl import read_metrics
+from eqm_dist.track.jsonl import read_lines
 
 SETTINGS_FILE, LEDGER_FILE = "settings.json", "results.jsonl"
 
@@ -51,7 +51,7 @@ class Ledger(Generic[R]):
                     f" {json.dumps(value)}; give another --out, or delete {out} to start over."
                 )
         atomic_write(record, (json.dumps(settings, indent=1) + "\n").encode())
-        lines = list(read_metrics(self._file))
+        lines = list(read_lines(self._file))
         atomic_write(self._file, "".join(json.dumps(line) + "\n" for line in lines).encode())
         self.results = [kind(**line) for line in lines]
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import yaml
 
 from eqm_dist.config import Config
+from eqm_dist.documents import MOST_YAML_BYTES, from_yaml, read_bounded
 from eqm_dist.errors import ConfigError
 from eqm_dist.options import options, suggestion
 
@@ -160,16 +160,23 @@ def read_space(path: str, known: Collection[str]) -> Space:
         ConfigError: no such file, an unknown key, or an axis that is none of the three kinds.
     """
     try:
-        if path.endswith(".py"):
-            values = runpy.run_path(path).get("space")
-        else:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = _executed(path) if path.endswith(".py") else from_yaml(read_bounded(Path(path), MOST_YAML_BYTES))
     except OSError as error:
         raise ConfigError(f"--space must name a readable YAML or Python file, got {path} ({error.strerror}).") from None
-    except yaml.YAMLError as error:
-        line = " ".join(str(error).split())
-        raise ConfigError(f"--space must name a YAML file, and {path} is not valid YAML: {line}.") from None
+    except ValueError as error:
+        raise ConfigError(f"--space must name a YAML file, and {path} is not valid YAML: {error}.") from None
     return parse_space(values, known, path)
+
+
+def _executed(path: str) -> Any:
+    """What a Python file calls ``space``."""
+    try:
+        return runpy.run_path(path).get("space")
+    except OSError:
+        raise
+    except Exception as error:  # the user's code: whatever it raises is to be mended there
+        line = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{path} must make a space, and fails with {type(error).__name__}: {line}.") from error
 
 
 def parse_space(values: Any, known: Collection[str], source: str) -> Space:

@@ -8,12 +8,13 @@ It goes on from ``step`` on so many workers (the same ones, without a number, af
 to step ``reached``. How long steps took is in ``metrics.jsonl``, from which steps that are done again are dropped.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from eqm_dist.documents import to_json
+from eqm_dist.errors import DataError
 from eqm_dist.storage.files import atomic_write
 from eqm_dist.track.jsonl import read_metrics
 from eqm_dist.train.loop import Tracker
@@ -45,6 +46,8 @@ class Attempts:
     ) -> None:
         self._file, self._clock = file, clock
         self._lines = list(read_metrics(file))
+        if not all({"time", "reached"} <= line.keys() for line in self._lines):
+            raise DataError(f"Every line of {file} must say the time and the step reached; delete the file.")
         intervals = [(line["step"], line[STEP_TIME]) for line in record if STEP_TIME in line]
         self._add(step, max([step, *(reached for reached, _ in intervals)]), workers=workers)
         self._since = self._lines[0]["step"]  # a run that was forked from another did not do the steps before
@@ -78,7 +81,7 @@ class Attempts:
 
     def _add(self, step: int, reached: int, **more: int) -> None:
         self._lines.append({"time": self._clock(), "step": step, "reached": reached, **more})
-        atomic_write(self._file, "".join(json.dumps(line) + "\n" for line in self._lines).encode())
+        atomic_write(self._file, "".join(to_json(line) + "\n" for line in self._lines).encode())
 
 
 class CountingTracker:

@@ -1,13 +1,14 @@
 """``metrics.jsonl``: one line per step that was reported, readable without any server."""
 
-import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from eqm_dist.errors import StorageError
+from eqm_dist.documents import mapping_from_json, to_json
+from eqm_dist.errors import DataError, StorageError
 from eqm_dist.storage.files import atomic_write, storage_errors
 
 logger = logging.getLogger(__name__)
@@ -64,16 +65,38 @@ class JsonlTracker:
 
 
 def _text(lines: Iterable[Mapping[str, Any]]) -> bytes:
-    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+    return "".join(to_json(line) + "\n" for line in lines).encode()
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a metrics file; a line that a kill cut short is not one."""
+    """The lines of a metrics file, in which null is a number that was not finite.
+
+    Raises:
+        DataError: a line is damaged.
+    """
+    for line in read_lines(path):
+        if type(line.get("step")) is not int:
+            raise DataError(f"Every line of {path} must say its step, and one holds {str(line)[:100]}; delete it.")
+        yield {name: math.nan if value is None else value for name, value in line.items()}
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file of JSON objects; empty lines, and a line that a kill cut short, are none.
+
+    Raises:
+        DataError: a line is damaged.
+        StorageError: the file cannot be read.
+    """
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield json.loads(line)
+    with storage_errors("read", path):
+        content = path.read_bytes()
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        if line.strip():
+            try:
+                yield mapping_from_json(line)
+            except ValueError as error:
+                raise DataError(f"Line {number:,} of {path} must be a JSON object ({error}); delete it.") from None
 
 
 def last_values(path: Path) -> dict[str, float]:

@@ -42,7 +42,9 @@ class MlflowRun:
 
 def default_uri(root: Path) -> str:
     """The SQLite store in the root of the runs, by absolute path."""
-    return f"sqlite:///{root / 'mlflow.db'}"
+    # To SQLAlchemy what follows a question mark is no path, and %20 is a space.
+    path = str(root / "mlflow.db").replace("%", "%25").replace("?", "%3F")
+    return f"sqlite:///{path}"
 
 
 def open_run(
