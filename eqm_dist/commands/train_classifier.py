@@ -23,7 +23,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.command_parser(__doc__)
     parser.add_argument("--shards", metavar="DIR", help="data set of images (default: the embedded digits)")
     parser.add_argument("--out", metavar="FILE", required=True, help="file for the weights, as safetensors")
-    parser.add_argument("--steps", type=int, default=STEPS, help="smallest number of updates (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=cli.count, default=STEPS, metavar="N", help="smallest number of updates (default: %(default)s)"
+    )
     return parser
 
 
@@ -45,6 +47,9 @@ def main(arguments: Sequence[str]) -> None:
     from eqm_dist.evaluate.train_classifier import accuracy, digits, images_of, train
     from eqm_dist.storage.files import atomic_write
 
+    path = Path(options.out).absolute()
+    if path.is_dir() or not path.parent.is_dir():  # now, and not when the weights are there
+        raise DataError(f"--out must be a file in a directory that exists, received {options.out}; correct it.")
     torch.set_num_threads(1)  # one thread: the same sums in the same order, hence the same weights
     images, labels = images_of(options.shards) if options.shards else digits()
     if len(images) < FEWEST_IMAGES:
@@ -52,7 +57,6 @@ def main(arguments: Sequence[str]) -> None:
     held_out = -(-len(images) // 5)
     classifier = train(images[:-held_out], labels[:-held_out], int(labels.max()) + 1, options.steps)
     content = save_classifier(classifier)
-    path = Path(options.out).absolute()
     atomic_write(path, content)
     for name, part in (("training", slice(None, -held_out)), ("held-out", slice(-held_out, None))):
         print(f"accuracy on the {name} images {accuracy(classifier, images[part], labels[part]):.4f}")
