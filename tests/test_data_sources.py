@@ -1,5 +1,6 @@
 """Sources: every layout gives the same images, in a fixed order, from any place."""
 
+import contextlib
 import gzip
 import json
 import logging
@@ -452,6 +453,30 @@ def write_arrow(path: Path, cells: pa.Table, compression: str | None = None) -> 
     how = pa.ipc.IpcWriteOptions(compression=compression)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, cells.schema, options=how) as writer:
         writer.write_table(cells)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_damaged_table_is_a_table_or_a_sentence(tmp_path: Path, kind: str) -> None:
+    """Of a name that is no text, too."""
+    cells = pa.table({"image": [png(image) for image in IMAGES], "label": LABELS})
+    path = tmp_path / os.fsdecode(b"\xe9." + kind.encode())
+    with open(path, "wb") as file:
+        if kind == "parquet":
+            pq.write_table(cells, file)
+        else:
+            with pa.ipc.new_file(file, cells.schema) as writer:
+                writer.write_table(cells)
+    whole, random = path.read_bytes(), np.random.default_rng(1)
+    assert labels(ImageTable(path)) == LABELS
+    for start in random.integers(0, len(whole), 60):
+        damaged = bytearray(whole)
+        # Anywhere, or in the schema: it comes first in an Arrow file, and last in a Parquet file.
+        at = int(start) if start % 2 else int(start) % 900
+        damaged[-at if kind == "parquet" else at] ^= int(random.integers(1, 256))
+        path.write_bytes(damaged)
+        with contextlib.suppress(DataError):
+            source = ImageTable(path)
+            list(source.read(0, len(source)))
 
 
 def test_packed_arrow_files_are_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Images in the rows of a Parquet or Arrow table, as Hugging Face's data sets have them."""
 
 import hashlib
+import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -181,7 +182,12 @@ def _table_errors(piece: _Piece) -> Iterator[None]:
     """Turn what is wrong with a table, or with the machine, into one sentence."""
     try:
         with storage_errors("read", piece.url):
-            yield
+            try:
+                yield
+            except OSError as error:
+                if error.errno is None:  # pyarrow's word for damage; the machine's faults have a number
+                    raise ValueError(str(error)) from error
+                raise
     except (pa.ArrowException, ValueError, StopIteration, IndexError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{piece.url} must be a Parquet or Arrow file ({reason}); replace it.") from error
@@ -189,20 +195,8 @@ def _table_errors(piece: _Piece) -> Iterator[None]:
 
 def _pieces(folder: Folder, file: str, columns: tuple[str, str]) -> list[_Piece]:
     first = _Piece(folder, file, 0)
-    schema = _schema(first)
-    missing = [column for column in columns if column not in schema.names]
-    if missing:
-        raise DataError(
-            f"The table {first.url} must have the columns {' and '.join(columns)}, found {', '.join(schema.names)}; "
-            "name them with --image-column and --label-column."
-        )
-    kind = schema.field(columns[0]).type
-    content = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
-    if not (pa.types.is_binary(content) or pa.types.is_large_binary(content)):
-        raise DataError(
-            f"The column {columns[0]} of {first.url} must hold the bytes of image files, found {kind}; "
-            "name another with --image-column."
-        )
+    with _table_errors(first):  # a damaged schema may have names that are no text
+        _check_columns(first, columns)
     if file.endswith(".arrow"):
         with _table_errors(first):
             if any(_names_only(batch.column(columns[0])) for batch in _arrow(first, columns[:1])):
@@ -217,6 +211,28 @@ def _pieces(folder: Folder, file: str, columns: tuple[str, str]) -> list[_Piece]
             if facts is not None and facts.has_null_count and rows.num_rows and facts.null_count >= rows.num_rows:
                 raise _without_bytes(first, columns[0])
     return [_Piece(folder, file, group) for group in range(metadata.num_row_groups)]
+
+
+def _check_columns(piece: _Piece, columns: tuple[str, str]) -> None:
+    """See that a file has the columns, and bytes of images in the first.
+
+    Raises:
+        DataError: says what it has.
+    """
+    schema = _schema(piece)
+    missing = [column for column in columns if column not in schema.names]
+    if missing:
+        raise DataError(
+            f"The table {piece.url} must have the columns {' and '.join(columns)}, found {', '.join(schema.names)}; "
+            "name them with --image-column and --label-column."
+        )
+    kind = schema.field(columns[0]).type
+    content = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+    if not (pa.types.is_binary(content) or pa.types.is_large_binary(content)):
+        raise DataError(
+            f"The column {columns[0]} of {piece.url} must hold the bytes of image files, found {kind}; "
+            "name another with --image-column."
+        )
 
 
 def _names_only(cells: pa.Array) -> bool:
@@ -257,8 +273,9 @@ def _arrow_stream(piece: _Piece) -> ipc.RecordBatchStreamReader:
         ValueError: it is packed: a few bytes might become any number.
     """
     if isinstance(piece.folder, LocalFolder):
-        piece.folder.open(piece.file).close()  # refuses what is no file
-        content = pa.memory_map(piece.url)
+        # Not pyarrow's own map, which takes names that are text only.
+        with piece.folder.open(piece.file) as file:
+            content = pa.BufferReader(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
     else:
         content = pa.BufferReader(piece.folder.read(piece.file))
     start = len(FILE_MAGIC) if content.read(len(FILE_MAGIC)) == FILE_MAGIC else 0
