@@ -5,6 +5,7 @@ spelled alike. Values go through ``with_overrides`` like everything else (docs/d
 """
 
 import argparse
+import io
 import os
 import re
 import sys
@@ -300,6 +301,8 @@ def overrides_from(arguments: argparse.Namespace) -> dict[str, Any]:
 def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Run a command and leave: 0 done, 2 the user's input is wrong, 1 anything else, 130 interrupted."""
     settle_user()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not be text that the terminal can show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
     except EqmDistError as error:

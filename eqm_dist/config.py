@@ -631,9 +631,14 @@ class Config(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         _, height, width = self.data.latent_shape
-        if height != width or height % self.model.patch_size:
+        if height != width:
             raise ValueError(
-                f"latents must be square with a side that is a multiple of model.patch_size={self.model.patch_size},"
+                f"latents must be square, got data.latent_shape={list(self.data.latent_shape)}; prepare the shards anew"
+                " with --resolution, which crops the images to a square"
+            )
+        if height % self.model.patch_size:
+            raise ValueError(
+                f"latents must have a side that is a multiple of model.patch_size={self.model.patch_size},"
                 f" got data.latent_shape={list(self.data.latent_shape)}; choose another patch_size"
             )
         if self.objective.energy == "l2" and self.model.zero_init:

@@ -293,7 +293,10 @@ def test_one_sentence_for_several_wrong_values() -> None:
         ({"track.mlflow": False, "track.mlflow_uri": "x"}, "mlflow_uri has no effect with mlflow=false"),
         ({"track.mlflow": False, "track.experiment": "x"}, "experiment has no effect with mlflow=false"),
         ({"track.mlflow": False, "track.timeout_s": 1}, "timeout_s has no effect with mlflow=false"),
-        ({"data.latent_shape": [1, 8, 6]}, "latents must be square with a side that is a multiple of"),
+        (
+            {"data.latent_shape": [1, 8, 6]},
+            "latents must be square, got data.latent_shape=[1, 8, 6]; prepare the shards anew",
+        ),
         ({"data.latent_shape": [1, 9, 9]}, "multiple of model.patch_size=2, got data.latent_shape=[1, 9, 9]"),
         ({"objective.energy": "l2"}, "objective.energy=l2 cannot start from a zero output layer"),
         ({"objective.kind": "flow_matching"}, "name=nag descends a field that is blind to time"),

@@ -17,9 +17,10 @@ import eqm_dist.data.loader as loader_module
 from eqm_dist.data.index import index_shard, write_index
 from eqm_dist.data.loader import PREFETCH, Batch, JoinedReader, Loader, ShardReader
 from eqm_dist.data.manifest import Manifest, ShardRecord, file_record, write_manifest
-from eqm_dist.data.order import SampleOrder
+from eqm_dist.data.order import MixedOrder, SampleOrder
 from eqm_dist.data.shards import digits_shards, write_shards
 from eqm_dist.data.sources import Digits, LabelledImage
+from eqm_dist.data.verify import verify_shards
 from eqm_dist.errors import DataError
 from eqm_dist.models.autoencoder import IdentityAutoencoder
 from eqm_dist.storage.open import open_folder
@@ -189,7 +190,7 @@ def test_an_index_of_something_else_is_refused(tmp_path: Path, records: np.ndarr
         ShardReader(tmp_path)
 
 
-@pytest.mark.parametrize("offset", [10**6, 2**63])
+@pytest.mark.parametrize("offset", [10**6, 2**63, 2**63 - 16, 2**64 - 16, 2**64 - 1])
 def test_an_index_that_points_past_its_shard_is_refused(tmp_path: Path, offset: int) -> None:
     write_ramp(tmp_path)
     records = np.load(tmp_path / "index.npy")
@@ -197,7 +198,35 @@ def test_an_index_that_points_past_its_shard_is_refused(tmp_path: Path, offset: 
     np.save(tmp_path / "index.npy", records)
     register_index(tmp_path)
     with pytest.raises(DataError, match=r"ramp-000002\.tar, but points past its end"):
-        ShardReader(tmp_path).read(np.array([20]))
+        ShardReader(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("label", "reason"),
+    [
+        (-1, r"must lie in \[0, 5\) .* found -1 to 4"),
+        (5, r"must lie in \[0, 5\) .* found 0 to 5"),  # the null label
+        (2**31 - 1, r"must lie in \[0, 5\)"),
+        (4, "must add up to the manifest's histogram"),
+    ],
+)
+def test_an_index_with_other_classes_than_the_manifest_is_refused(tmp_path: Path, label: int, reason: str) -> None:
+    write_ramp(tmp_path)
+    records = np.load(tmp_path / "index.npy")
+    records["label"][0] = label
+    np.save(tmp_path / "index.npy", records)
+    register_index(tmp_path)
+    for read in (ShardReader, verify_shards):
+        with pytest.raises(DataError, match=reason):
+            read(tmp_path)
+
+
+def test_an_index_that_ends_early_is_refused(tmp_path: Path) -> None:
+    write_ramp(tmp_path)
+    (tmp_path / "index.npy").write_bytes((tmp_path / "index.npy").read_bytes()[:-12])
+    register_index(tmp_path)
+    with pytest.raises(DataError, match=r"index\.npy must hold 113 records, but ends before"):
+        ShardReader(tmp_path)
 
 
 def register_index(directory: Path) -> None:
@@ -297,6 +326,21 @@ def test_joined_data_sets_read_as_one(tmp_path: Path, ramp: Path) -> None:
     digits = ShardReader(tmp_path / "digits")
     with pytest.raises(DataError, match=r"must have one moments_shape, received .*\(1, 2, 8, 8\)"):
         JoinedReader([readers[0], digits])
+
+
+def test_data_sets_that_are_mixed_share_the_descriptors(
+    tmp_path: Path, ramp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "OPEN_SHARDS", 6)
+    readers = [ShardReader(ramp) for _ in range(3)]
+    order = MixedOrder([SampleOrder(reader.shard_sizes, 0, 12) for reader in readers], [1.0] * 3, 0)
+    loader = Loader(JoinedReader(readers), order, global_batch=100, rank=0, world=1, workers=0)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in loader.batches(0, 10):
+        assert len(list(Path("/proc/self/fd").iterdir())) - before <= 6 + len(readers) * loader_module.OPENERS
+    assert len(list(Path("/proc/self/fd").iterdir())) - before <= 6
+    with pytest.raises(DataError, match="At most 6 data sets can be mixed, received 7; merge some"):
+        JoinedReader([ShardReader(ramp)] * 7)
 
 
 def test_half_precision_stays_until_the_device(ramp: Path) -> None:

@@ -1,6 +1,10 @@
 """Decoding and cropping, against definitions written out here."""
 
 import io
+import resource
+import struct
+import subprocess
+import zlib
 from itertools import product
 
 import numpy as np
@@ -9,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from eqm_dist.data import preprocess
 from eqm_dist.data.preprocess import PreparedImages, centre_crop, decode
 from eqm_dist.data.sources import LabelledImage, RawImage, SkippedImage
 from tests.images import encoded, pixels, png
@@ -24,6 +29,9 @@ class Listed:
 
     def __len__(self) -> int:
         return len(self._contents)
+
+    def versions(self) -> list[str]:
+        return []
 
     def read(self, start: int, stop: int):
         for index in range(start, stop):
@@ -107,6 +115,20 @@ def test_the_crop_takes_the_centre() -> None:
     assert (prepared(png(image), 10) == 200).all()
 
 
+@pytest.mark.parametrize(("width", "height"), [(9, 100), (120, 10), (30, 400)])
+def test_of_a_long_image_no_more_than_the_crop_is_resized(width: int, height: int) -> None:
+    image = pixels(0, height, width)
+    found = np.asarray(centre_crop(Image.fromarray(image), 12)).astype(int)
+    wholes = [crop_by_definition(image, 12, orders) for orders in product((0, 1), repeat=3)]
+    assert min(np.abs(found - whole).max() for whole in wholes) <= 1
+
+
+def test_a_line_of_pixels_takes_no_gigabyte() -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert prepared(png(pixels(0, 4000, 1)), 256).shape == (256, 256, 3)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
 # --- 8-bit correct ---
 
 
@@ -129,9 +151,6 @@ def test_sixteen_bits_become_the_nearest_of_eight(kind: str) -> None:
 
 
 def test_sixteen_bit_colours_are_within_one_level() -> None:
-    import struct
-    import zlib
-
     values = np.random.default_rng(0).integers(0, 65536, (8, 8, 3), dtype=np.uint16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
 
@@ -226,6 +245,67 @@ def test_broken_images_are_skipped_with_a_reason(content: bytes, reason: str) ->
     assert first.reason.startswith(reason)
     assert "0x" not in first.reason  # an address would make equal input give unequal bytes
     assert isinstance(second, LabelledImage)
+
+
+def reason(content: bytes, **options: int) -> str:
+    [sample] = PreparedImages(Listed(content), resolution=16, channels=3, **options).read(0, 1)
+    assert isinstance(sample, SkippedImage)
+    return sample.reason
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA", "ICNS", "SGI", "JPEG2000"])
+def test_only_the_kinds_of_the_page_are_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = encoded(Image.fromarray(pixels(0, 64, 64)), kind)
+
+    def started(*arguments: object, **options: object) -> None:
+        raise AssertionError(f"a program was started: {arguments}")
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    assert reason(content).startswith("UnidentifiedImageError")
+
+
+def test_the_limit_of_pixels_can_be_raised() -> None:
+    image = png(pixels(0, 30, 40))
+    assert "it has more than 1,199 pixels, which --max-image-pixels" in reason(image, max_pixels=1199)
+    [sample] = PreparedImages(Listed(image), resolution=16, channels=3, max_pixels=1200).read(0, 1)
+    assert isinstance(sample, LabelledImage)
+
+
+def test_images_above_the_limit_of_pillow_are_decoded_when_they_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow refuses twice as many
+    [sample] = PreparedImages(Listed(png(pixels(0))), resolution=16, channels=3).read(0, 1)
+    assert isinstance(sample, LabelledImage)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
+def test_long_texts_do_not_break_a_png(kind: bytes, after: bool) -> None:
+    image = pixels(0)
+    body = b"comment\0\0" + zlib.compress(bytes(5 << 20))
+    chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    content = png(image)
+    at = len(content) - 12 if after else 33  # before IEND, or after IHDR
+    assert np.array_equal(prepared(content[:at] + chunk + content[at:]), image)
+
+
+def test_a_file_beyond_the_bound_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preprocess, "MAX_IMAGE_BYTES", 100)
+    assert reason(png(pixels(0))) == "ValueError: the file has more than 100 bytes"
+
+
+def test_images_without_a_crop_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preprocess, "MAX_SIDE", 8)
+    [sample] = PreparedImages(Listed(png(pixels(0, 9, 9))), resolution=None, channels=3).read(0, 1)
+    assert isinstance(sample, SkippedImage)
+    assert sample.reason == "ValueError: it has 81 pixels, more than 64; give --resolution"
+
+
+def test_what_is_stored_is_named_by_its_bytes_and_its_class() -> None:
+    first, second = png(pixels(0)), b"broken"
+    images = PreparedImages(Listed(first, second), resolution=16, channels=3)
+    digests = list(images.stored(0, 2))
+    assert [item.stored for item in images.read(0, 2)] == digests
+    assert len(set(digests)) == 2
 
 
 def test_damage_anywhere_is_an_image_or_an_exception_and_never_more() -> None:

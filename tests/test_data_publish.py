@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from eqm_dist.commands import prepare_shards
-from eqm_dist.data.manifest import Manifest
+from eqm_dist.data.manifest import Manifest, file_record, read_manifest
 from eqm_dist.data.merge import merge_shards
 from eqm_dist.data.publish import publish_shards
 from eqm_dist.data.shards import digits_shards, write_shards
 from eqm_dist.data.sources import Digits
 from eqm_dist.data.verify import verify_shards
-from eqm_dist.errors import DataError
+from eqm_dist.errors import DataError, StorageError
 from eqm_dist.models.autoencoder import IdentityAutoencoder
 from eqm_dist.storage.open import open_folder
 from tests import s3, tiny
@@ -63,6 +63,33 @@ def test_a_publication_goes_on_and_ends_with_the_manifest(
         assert body == (tmp_path / record.name).read_bytes()
     assert plain.head_object(Bucket=s3.BUCKET, Key=f"part/{whole}")["LastModified"] == before  # not sent again
     publish_shards(tmp_path, f"s3://{s3.BUCKET}/part")  # nothing left to do
+
+
+def test_a_shard_that_was_written_again_is_sent_again(
+    tmp_path: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same size, as tars are padded, after a publication that was killed before its manifest."""
+    s3.use(monkeypatch, endpoint)
+    manifest, url = digits_shards(tmp_path), f"s3://{s3.BUCKET}/again"
+    publish_shards(tmp_path, url)
+    plain, name = s3.client(endpoint), manifest.shards[2].name
+    plain.delete_object(Bucket=s3.BUCKET, Key="again/manifest.json")
+    content = (tmp_path / name).read_bytes()[:-1] + b"x"
+    (tmp_path / name).write_bytes(content)
+    record = file_record(tmp_path / name).model_dump()
+    fields = json.loads((tmp_path / "manifest.json").read_text())
+    fields["shards"][2] |= record
+    (tmp_path / "manifest.json").write_text(json.dumps(fields))
+    publish_shards(tmp_path, url)
+    assert open_folder(url).read(name) == content
+
+
+def test_a_bucket_that_is_not_there_is_named(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    s3.use(monkeypatch, endpoint)
+    with pytest.raises(StorageError, match=r"s3://no-such-bucket/x: .*bucket.*check the name"):
+        read_manifest("s3://no-such-bucket/x")
+    with pytest.raises(DataError, match=r"holds none; prepare one with .*--staging DIR --out s3://"):
+        read_manifest(f"s3://{s3.BUCKET}/nothing-here")
 
 
 @pytest.fixture

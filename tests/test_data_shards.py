@@ -27,12 +27,14 @@ from webdataset.writer import TarWriter
 
 from eqm_dist.data.assemble import index_directory
 from eqm_dist.data.index import index_shard
-from eqm_dist.data.manifest import read_manifest
+from eqm_dist.data.loader import ShardReader
+from eqm_dist.data.manifest import Manifest, read_manifest
 from eqm_dist.data.shards import digits_shards, write_shards
-from eqm_dist.data.sources import Digits, LabelledImage
+from eqm_dist.data.sources import Digits, LabelledImage, SkippedImage
 from eqm_dist.data.verify import verify_shards
 from eqm_dist.errors import DataError, StorageError
 from eqm_dist.models.autoencoder import IdentityAutoencoder
+from eqm_dist.storage.folder import LocalFolder
 from tests.disk import no_file_larger_than
 from tests.processes import forked
 
@@ -330,6 +332,127 @@ def test_a_truncated_shard_found_while_preparing_is_named(tmp_path: Path) -> Non
     write_stripes(tmp_path)
 
 
+# --- images that change ---
+
+
+class Gallery:
+    """Ten images in files, one of which may be broken: what PreparedImages is, without decoding."""
+
+    id = "gallery"
+    num_classes = 1
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.reads: list[int] = []
+
+    def __len__(self) -> int:
+        return 10
+
+    def read(self, start: int, stop: int) -> Iterator[LabelledImage | SkippedImage]:
+        for number in range(start, stop):
+            self.reads.append(number)
+            content = (self._root / str(number)).read_bytes()
+            stored = hashlib.sha256(content).hexdigest()
+            if content == b"broken":
+                yield SkippedImage(f"{number:08d}", str(number), "it is broken", stored)
+            else:
+                yield LabelledImage(f"{number:08d}", np.full((2, 2, 1), content[0], np.uint8), 0, stored)
+
+    def versions(self) -> list[str]:
+        return list(LocalFolder(self._root).versions(list(map(str, range(10)))))
+
+    def stored(self, start: int, stop: int) -> Iterator[str]:
+        return (hashlib.sha256((self._root / str(number)).read_bytes()).hexdigest() for number in range(start, stop))
+
+
+@pytest.fixture
+def gallery(tmp_path: Path) -> Path:
+    root = tmp_path / "gallery"
+    root.mkdir()
+    for number in range(10):
+        (root / str(number)).write_bytes(bytes([number]))
+    return root
+
+
+def hang(root: Path, out: Path, **options: Any) -> list[int]:
+    """Prepare the gallery; returns which images were read."""
+    source = Gallery(root)
+    write_shards(out, "x", source, IdentityAutoencoder(), samples_per_shard=2, dtype="float32", **options)
+    return source.reads
+
+
+def shown(out: Path) -> list[int]:
+    reader = ShardReader(out)
+    moments, _ = reader.read(np.arange(reader.manifest.num_samples))
+    return IdentityAutoencoder().decode(moments[:, 0, :1])[:, 0, 0, 0].tolist()
+
+
+def test_a_repaired_image_is_added_when_the_command_is_given_again(gallery: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (gallery / "5").write_bytes(b"broken")
+    with pytest.raises(DataError, match="At most 0 of 10 images may be broken, but 1 are"):
+        hang(gallery, out)
+    (gallery / "5").write_bytes(b"\x05")
+    assert hang(gallery, out) == [4, 5, 6, 7, 8, 9]  # its shard, and those that were to come
+    assert shown(out) == list(range(10))
+
+
+def test_a_repaired_image_is_added_to_a_finished_data_set(gallery: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (gallery / "5").write_bytes(b"broken")
+    hang(gallery, out, max_bad_fraction=0.5)
+    before = contents(out)
+    assert hang(gallery, out) == [5]
+    assert contents(out) == before
+    (gallery / "5").write_bytes(b"\x05")
+    hang(gallery, out)
+    assert shown(out) == list(range(10))
+    assert json.loads((out / "report.json").read_bytes())["skipped"] == 0
+    changed = {name for name, digest in contents(out).items() if before[name] != digest}
+    assert changed == {".source", "index.npy", "manifest.json", "report.json", "x-000002.tar"}
+    verify_shards(out)
+
+
+def test_images_that_were_replaced_under_their_names_are_encoded_anew(gallery: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    hang(gallery, out)
+    assert hang(gallery, out) == []
+    (gallery / "3").write_bytes(b"\x63")  # of the same size
+    os.utime(gallery / "3", ns=(1, 1))
+    assert hang(gallery, out) == [2, 3]
+    assert shown(out) == [0, 1, 2, 99, *range(4, 10)]
+    verify_shards(out)
+
+
+def test_the_same_images_with_other_times_are_encoded_once(gallery: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    hang(gallery, out)
+    before = contents(out)
+    for number in range(10):
+        os.utime(gallery / str(number), ns=(number, number))
+    assert hang(gallery, out) == []
+    assert {name for name, digest in contents(out).items() if before[name] != digest} == {".source"}
+
+
+def test_sizes_are_compared_between_batches_and_shards(tmp_path: Path) -> None:
+    class Growing(Stripes):
+        def read(self, start: int, stop: int) -> Iterator[LabelledImage]:
+            for index in range(start, stop):
+                side = 4 if index < 70 else 6
+                yield LabelledImage(f"{index:04d}", np.zeros((side, side, 3), np.uint8), 0)
+
+    for samples, reason in ((150, "0000 has .* and 0070"), (70, "give moments .* give --resolution and a new --out")):
+        with pytest.raises(DataError, match=rf"All images must have one size, but .*{reason}"):
+            write_shards(
+                tmp_path / str(samples),
+                "x",
+                Growing(),
+                IdentityAutoencoder(),
+                samples_per_shard=samples,
+                dtype="float32",
+            )
+
+
 # --- tars of others ---
 
 
@@ -377,9 +500,20 @@ def test_the_index_points_at_the_arrays_of_any_plain_tar(tmp_path: Path) -> None
         [("a.moments.npy", npy(ARRAY[0])), ("a.cls", b"1")],
         [("a.moments.npy", npy(np.asfortranarray(ARRAY))), ("a.cls", b"1")],
         [("a.moments.npy", b"\x80\x04N."), ("a.cls", b"1")],
+        [("a.moments.npy", npy(ARRAY)), ("a.cls", b"1"), ("a.moments.npy", npy(ARRAY))],
+        [("a.moments.npy", npy(ARRAY)), ("a.cls", b"1"), ("a.cls", b"1")],
+        [("a.moments.npy", npy(ARRAY)), ("a.cls", b"-1")],
+        [("a.moments.npy", npy(ARRAY)), ("a.cls", b"2147483646")],
+        [("a.moments.npy", npy(ARRAY)), ("a.cls", b"1_0")],
+        [("a.moments.npy", npy(ARRAY)[:-4]), ("a.cls", b"1")],
+        [("a.moments.npy", npy(ARRAY)), ("a.cls", b"1"), ("__skipped__", b"[" * 100_000)],
+        [("a.moments.npy", npy(ARRAY)), ("a.cls", b"1"), ("__skipped__", b'[{"key": 1, "name": [], "reason": {}}]')],
     ],
-    ids=["empty", "no class", "no moments", "unpaired", "class name", "two shapes", "flat", "fortran", "pickle"],
-)
+    ids=[
+        "empty", "no class", "no moments", "unpaired", "class name", "two shapes", "flat", "fortran", "pickle", "twice",
+        "two classes", "negative", "huge", "underscore", "short", "deep", "no text",
+    ],
+)  # fmt: skip
 def test_tars_without_whole_samples_are_refused(tmp_path: Path, members: list[tuple[str, bytes]]) -> None:
     with pytest.raises(DataError, match=r"x\.tar"):
         index_shard(write_tar(tmp_path / "x.tar", members))
@@ -389,15 +523,72 @@ def test_tars_without_whole_samples_are_refused(tmp_path: Path, members: list[tu
 def test_moments_that_the_loader_would_misread_are_refused(tmp_path: Path, dtype: str) -> None:
     write_tar(tmp_path / "x.tar", [("a.moments.npy", npy(ARRAY.astype(dtype))), ("a.cls", b"1")])
     with pytest.raises(DataError, match=rf"little-endian float16 or float32, but .*x\.tar holds {re.escape(dtype)}"):
-        index_directory(
-            tmp_path,
-            source="x",
-            autoencoder="x",
-            autoencoder_location=None,
-            latent_scale=1.0,
-            latent_shift=0.0,
-            num_classes=None,
-        )
+        index(tmp_path)
+
+
+def index(directory: Path, num_classes: int | None = None) -> Manifest:
+    return index_directory(
+        directory,
+        source="x",
+        autoencoder="x",
+        autoencoder_location=None,
+        latent_scale=1.0,
+        latent_shift=0.0,
+        num_classes=num_classes,
+    )
+
+
+@pytest.mark.parametrize(("channel", "value"), [(0, np.nan), (0, np.inf), (1, np.nan), (1, np.inf), (1, 200.0)])
+def test_numbers_that_are_no_moments_are_refused(tmp_path: Path, channel: int, value: float) -> None:
+    broken = ARRAY.copy()
+    broken[0, channel, 1, 0] = value
+    members = [("a.moments.npy", npy(ARRAY)), ("a.cls", b"1"), ("b.moments.npy", npy(broken)), ("b.cls", b"0")]
+    write_tar(tmp_path / "x.tar", members)
+    with pytest.raises(DataError, match=r"those of sample 1 of .*x\.tar are not; compute them again"):
+        index(tmp_path)
+    write_tar(tmp_path / "x.tar", [("a.moments.npy", npy(ARRAY)), ("a.cls", b"1")])
+    index(tmp_path)
+    content = (tmp_path / "x.tar").read_bytes()
+    (tmp_path / "x.tar").write_bytes(content.replace(ARRAY.tobytes(), broken.tobytes()))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["shards"][0]["sha256"] = contents(tmp_path)["x.tar"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"those of sample 0 of .*x\.tar are not"):
+        verify_shards(tmp_path)
+
+
+def test_a_point_is_a_moment(tmp_path: Path) -> None:
+    point = ARRAY.copy()
+    point[0, 1] = -np.inf
+    write_tar(
+        tmp_path / "x.tar",
+        [("a.1.cls", b"1"), ("b.cls", b"0")] + [(f"{key}.moments.npy", npy(point)) for key in ("b", "a.1")],
+    )
+    assert index(tmp_path).label_histogram == (1, 1)  # keys with dots, in any order
+    verify_shards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("directory", "tar"), [("my set", "my shard.tar"), ("été", "ü.tar"), (".hidden", "-a.tar"), ("a:b\\c", "a.tar")]
+)
+def test_directories_and_tars_of_any_name_are_indexed(tmp_path: Path, directory: str, tar: str) -> None:
+    (tmp_path / directory).mkdir()
+    write_tar(tmp_path / directory / tar, [("a.moments.npy", npy(ARRAY)), ("a.cls", b"1")])
+    (tmp_path / directory / f"._{tar}").write_bytes(b"a Mac's")
+    assert index(tmp_path / directory).shards[0].name == tar
+    assert verify_shards(tmp_path / directory).num_samples == 1
+
+
+def test_names_that_are_no_text_are_refused_before_the_tars_are_read(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.tar")).write_bytes(b"")
+    with pytest.raises(DataError, match=r"holds 'caf\\\\xe9\.tar'; rename it"):
+        index(tmp_path)
+    directory = tmp_path / os.fsdecode(b"d\xe9")
+    directory.mkdir()
+    write_tar(directory / "a.tar", [("a.moments.npy", npy(ARRAY)), ("a.cls", b"1")])
+    with pytest.raises(DataError, match="Classes must be 1 to 1,000,000"):
+        index(directory, num_classes=10**12)
+    assert index(directory).num_samples == 1
 
 
 # --- the full check ---

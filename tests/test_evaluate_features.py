@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eqm_dist.commands import prepare_shards, train_classifier
-from eqm_dist.errors import DataError
+from eqm_dist.errors import DataError, UserError
 from eqm_dist.evaluate import features
 from eqm_dist.evaluate.features import ImageClassifier, load_classifier, load_digit_classifier
 from eqm_dist.evaluate.train_classifier import accuracy, digits
@@ -70,6 +70,20 @@ def test_training_script_reaches_the_stated_accuracy(tmp_path):
     held_out = next(line for line in output.splitlines() if "held-out" in line)
     assert float(held_out.split()[-1]) >= 0.98
     assert path.stat().st_size < 300_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--steps", "0", "--out", "x"], "must be a whole number of at least 1, got 0"),
+        (["--steps", "-5", "--out", "x"], "must be a whole number of at least 1"),
+        (["--out", "."], "--out must be a file, got the directory ."),
+    ],
+)
+def test_bad_flags_are_refused_before_a_classifier_is_trained(flags, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=sentence):
+        train_classifier.main(flags)
 
 
 def test_a_classifier_of_other_images_measures_them(tmp_path):

@@ -1,7 +1,10 @@
 """Sets of images from every kind of place: the same pixels from each, whatever is read at once."""
 
+import io
 import pickle
 import shutil
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +124,123 @@ def test_bad_images_are_named(tmp_path: Path) -> None:
     (folder / "b.png").write_bytes(b"broken")
     with pytest.raises(DataError, match=r"b\.png of .*mixed cannot be decoded"):
         read(open_images(str(folder)))
+
+
+def test_hidden_copies_and_shadows_are_no_images(places: dict[str, str], pixels: np.ndarray, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(places["folder"], folder)
+    some = (folder / "img05.png").read_bytes()
+    for name in (".ipynb_checkpoints/a.png", "__MACOSX/deep/._a.png", "._img05.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(some)
+    (folder / "up").symlink_to("..")
+    (folder / "here").symlink_to(".")
+    assert len(open_images(str(folder))) == 11
+    tar = pictures.write_tar(tmp_path / "x.tar", {"._0.png": b"", "0.png": some, "__MACOSX/0.png": some})
+    assert len(open_images(str(tar))) == 1
+
+
+def test_a_picture_of_ones_own_counts_whatever_its_name(tmp_path: Path) -> None:
+    for name in ("grid.png", "nfe.png", "a.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert len(open_images(str(tmp_path))) == 3
+    (tmp_path / "settings.json").write_text('{"a program": "of others"}')
+    assert len(open_images(str(tmp_path))) == 3
+
+
+def test_a_set_that_is_not_finished_is_refused(tmp_path: Path, pixels: np.ndarray) -> None:
+    written = open_image_set(tmp_path / "set", {"seed": 0}, "png", 11, 4)
+    one = np.ones(4, np.int64)
+    facts = {"label": 0 * one, "nfe": one, "complete": one > 0, "finite": one > 0}
+    written.write(written.units()[0], pixels[:4], facts)
+    with pytest.raises(DataError, match=r"begun and not finished; run it again"):
+        open_images(str(tmp_path / "set"))
+
+
+def test_a_location_of_several_kinds_is_refused(places: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "both"
+    shutil.copytree(places["folder"], folder)
+    shutil.copy(Path(places["tars"]) / "0.tar", folder)
+    with pytest.raises(DataError, match=r"holds 1 tars and 11 image files; name the file, or move the others"):
+        open_images(str(folder))
+    assert len(open_images(str(folder / "0.tar"))) == 5
+    shutil.copy(places["plain"], folder / "samples.npz")
+    (folder / "0.tar").unlink()
+    with pytest.raises(DataError, match=r"holds a samples\.npz and 11 image files"):
+        open_images(str(folder))
+
+
+def test_a_path_with_brackets_is_read(places: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "a [1]" / "tars [v2]"
+    shutil.copytree(places["tars"], folder)
+    (folder / "0.tar").rename(folder / "t [0].tar")
+    assert len(open_images(str(folder))) == 11
+    assert len(open_images(str(folder / "t [0].tar"))) == 5
+    assert len(open_images(str(folder / "*.tar"))) == 11
+    shutil.copytree(places["folder"], tmp_path / "in [v2]")
+    assert len(open_images(str(tmp_path / "in [v2]" / "*.png"))) == 7
+    shutil.copy(folder / "1.tar", tmp_path / "in [v2]")
+    with pytest.raises(DataError, match="holds 1 tars and 7 image files"):
+        open_images(str(tmp_path / "in [v2]" / "*"))
+
+
+@pytest.mark.parametrize("part", [(0, 2), (1, 2), (0, 1)])
+def test_sizes_are_compared_with_the_first_image_of_all(tmp_path: Path, part: tuple[int, int]) -> None:
+    """Whatever the batches, and whichever part an actor reads."""
+    for number, size in enumerate([(8, 8), (9, 7)]):
+        Image.new("RGB", size).save(tmp_path / f"{number}.png")
+    images = open_images(str(tmp_path))
+    if part == (0, 1):
+        assert len(list(images.read(*part, 1))) == 1
+        return
+    with pytest.raises(DataError, match=r"one size, and .* holds 8x8 and 9x7"):
+        list(images.read(*part, 1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "remedy"),
+    [
+        ((4, 3, 8, 8), r"of which C is 1, 3 or 4; transpose it with images\.transpose\(0, 2, 3, 1\)"),
+        ((4, 1, 8, 8), r"transpose it with"),
+        ((4, 8, 8, 2), "of which C is 1, 3 or 4; convert it"),
+        ((0, 8, 8, 3), "with images of 1 to 16,777,216 pixels"),
+        ((4, 0, 8, 3), "with images of 1 to 16,777,216 pixels"),
+    ],
+)
+def test_arrays_that_are_no_images_are_refused(tmp_path: Path, shape: tuple[int, ...], remedy: str) -> None:
+    np.savez(tmp_path / "x.npz", np.zeros(shape, np.uint8))
+    with pytest.raises(DataError, match=remedy):
+        open_images(str(tmp_path / "x.npz"))
+
+
+def test_an_array_that_says_more_than_it_holds_takes_no_memory(tmp_path: Path) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (10**9, 4096, 4096, 3)}
+    )
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + bytes(100))
+    images = open_images(str(tmp_path / "x.npz"))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"whole \.npz .*ends before image 64"):
+            list(images.read(0, 64, 64))
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_archive_that_python_cannot_unpack_is_refused(tmp_path: Path, pixels: np.ndarray) -> None:
+    np.savez(tmp_path / "x.npz", pixels)
+    content = (tmp_path / "x.npz").read_bytes()
+    for at, value in ((8, b"\x63"), (6, b"\x01")):  # an unknown compression; encrypted
+        damaged = bytearray(content)
+        damaged[at : at + 1] = value
+        central = content.index(b"PK\x01\x02")
+        damaged[central + at + 2 : central + at + 3] = value
+        (tmp_path / "x.npz").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"whole \.npz"):
+            open_images(str(tmp_path / "x.npz"))
 
 
 def test_what_holds_no_images_is_refused(tmp_path: Path, pixels: np.ndarray) -> None:

@@ -1,5 +1,7 @@
 """Statistics on disk: what is saved comes back, the cache never gives what is old, published files are read safely."""
 
+import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +120,17 @@ def test_bad_published_files_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "uneven.npz", mu=np.zeros(4), sigma=np.eye(5))
     np.savez(tmp_path / "pickled.npz", mu=np.array([{}], dtype=object), sigma=np.eye(1))
     (tmp_path / "text.npz").write_text("text")
+    np.savez(tmp_path / "nan.npz", mu=np.full(4, np.nan), sigma=np.eye(4))
+    np.savez(tmp_path / "words.npz", mu=np.array(["a"] * 4), sigma=np.eye(4))
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (10**9,)})
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive:
+        for array in ("mu", "sigma"):
+            archive.writestr(f"{array}.npy", header.getvalue())
     for name, reason in (
+        ("nan", "mean of float64 is not all finite numbers"),
+        ("words", "mean of <U1 is not all finite numbers"),
+        ("huge", "8,000,000,000 bytes by its header, more than 2,147,483,648"),
         ("short", "mean of 3 features, and adm-like has 4"),
         ("uneven", "do not fit"),
         ("pickled", "pickle"),

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
@@ -22,8 +24,9 @@ from eqm_dist.data.loader import ShardReader
 from eqm_dist.data.manifest import read_manifest
 from eqm_dist.data.verify import verify_shards
 from eqm_dist.errors import ConfigError, DataError, StorageError
+from eqm_dist.models.autoencoder import IdentityAutoencoder
 from tests import tiny
-from tests.images import encoded, pixels, write_idx, write_tree
+from tests.images import encoded, pixels, write_idx, write_tar, write_tree
 from tests.processes import wait_for
 from tests.test_data_shards import read_with_webdataset
 from tests.vae import save_tiny_vae
@@ -81,6 +84,22 @@ def test_verify_accepts_a_whole_data_set(tmp_path: Path, capsys: pytest.CaptureF
         ([], ConfigError, "--source and --out must be given"),
         (["--source", "idx", "--out", "x"], ConfigError, "--source idx needs --input"),
         (["--source", "digits", "--out", "x", "--resolution", "8"], ConfigError, "--resolution has no effect with"),
+        (
+            ["--source", "digits", "--out", "x", "--max-image-pixels", "9"],
+            ConfigError,
+            "--max-image-pixels has no effect",
+        ),
+        (
+            ["--source", "idx", "--input", "y", "--out", "x", "--resolution", "5000"],
+            ConfigError,
+            "at most 4,096, received",
+        ),
+        (
+            ["--source", "idx", "--input", "y", "--out", "x", "--num-classes", "0"],
+            ConfigError,
+            "whole number of at least",
+        ),
+        (["index", "y", "--num-classes", "0"], ConfigError, "whole number of at least 1, got 0"),
         (["--source", "idx", "--out", "x", "--label-column", "y"], ConfigError, "--label-column has no effect with"),
         (["--source", "digits", "--out", "x", "--dtype", "bfloat16"], ConfigError, "npy format has no bfloat16"),
         (["--source", "digits", "--out", "x", "--autoencoder", "./no"], DataError, "but ./no is neither"),
@@ -201,6 +220,61 @@ def test_too_many_broken_images_end_the_run_until_they_are_allowed(tmp_path: Pat
     assert {path: path.stat().st_mtime_ns for path in before} == before  # what was written is not written again
     prepare_tree(tmp_path / "tree", tmp_path / "straight")
     assert files(out) == files(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("source", ["folder", "tars", "parquet"])
+def test_repaired_and_replaced_images_of_every_source_are_taken(tmp_path: Path, source: str) -> None:
+    images = [encoded(Image.fromarray(pixels(number, 8, 8)), "PNG") for number in range(4)]
+
+    def put(contents: list[bytes]) -> None:
+        if source == "folder":
+            for number, content in enumerate(contents):
+                path = tmp_path / "in" / "a" / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+        elif source == "tars":
+            members = {
+                f"{n}.{kind}": c if kind == "png" else b"0" for n, c in enumerate(contents) for kind in ("png", "cls")
+            }
+            (tmp_path / "in").mkdir(exist_ok=True)
+            write_tar(tmp_path / "in" / "x.tar", members)
+        else:
+            (tmp_path / "in").mkdir(exist_ok=True)
+            cells = pa.array(contents, pa.binary())
+            parquet.write_table(pa.table({"image": cells, "label": [0] * 4}), tmp_path / "in" / "x.parquet")
+
+    def prepared() -> list[np.ndarray]:
+        main(
+            f"--source {source} --input {tmp_path / 'in'} --samples-per-shard 2 --out {tmp_path / 'out'}".split()
+            + LOCAL
+        )
+        moments, _ = ShardReader(tmp_path / "out").read(np.arange(4))
+        return list(IdentityAutoencoder().decode(moments[:, 0, :3]).numpy())
+
+    put([images[0], b"broken", images[2], images[3]])
+    with pytest.raises(DataError, match="but 1 are"):
+        prepared()
+    put(images)
+    assert np.array_equal(prepared(), [pixels(number, 8, 8) for number in range(4)])
+    put([images[0], images[1], images[3], images[3]])
+    assert np.array_equal(prepared(), [pixels(number, 8, 8) for number in (0, 1, 3, 3)])
+
+
+def test_more_classes_than_folders_are_named_by_their_numbers(tmp_path: Path) -> None:
+    write_tree(tmp_path / "tree", good=6)
+    prepare_tree(tmp_path / "tree", tmp_path / "out", "--num-classes", "4")
+    assert verify_shards(tmp_path / "out").class_names == ("cat", "dog", "2", "3")
+
+
+def test_a_larger_limit_of_pixels_lets_images_in_that_were_broken(tmp_path: Path) -> None:
+    (tmp_path / "tree" / "a").mkdir(parents=True)
+    for number in range(3):
+        content = encoded(Image.fromarray(pixels(number, 20 + number, 20)), "PNG")
+        (tmp_path / "tree" / "a" / f"{number}.png").write_bytes(content)
+    with pytest.raises(DataError, match=r"a/2\.png \(OSError: it has more than 420 pixels, which --max-image-pixels"):
+        prepare_tree(tmp_path / "tree", tmp_path / "out", "--max-image-pixels", "420", "--max-bad-fraction", "0")
+    prepare_tree(tmp_path / "tree", tmp_path / "out", "--max-image-pixels", "440", "--max-bad-fraction", "0")
+    assert verify_shards(tmp_path / "out").num_samples == 3
 
 
 def test_a_shard_of_broken_images_alone_is_left_out(tmp_path: Path) -> None:

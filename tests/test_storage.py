@@ -145,6 +145,25 @@ def test_reading_forward_takes_few_requests(monkeypatch: pytest.MonkeyPatch, end
         assert proxy.requests["GET /bucket/forward/file"] == 3
 
 
+def test_both_folders_tell_a_changed_file(folder: Folder) -> None:
+    for name in ("a", "b/c"):
+        folder.write(name, b"one")
+    before = list(folder.versions(["a", "b/c"]))
+    assert list(folder.versions(["a", "b/c"])) == before
+    folder.write("b/c", b"two")
+    after = list(folder.versions(["a", "b/c"]))
+    assert (after[0] == before[0], after[1] == before[1]) == (True, False)
+    with pytest.raises(StorageError, match="absent"):
+        folder.versions(["absent"])
+
+
+def test_both_folders_read_nothing_past_the_end(folder: Folder) -> None:
+    folder.write("empty", b"")
+    folder.write("short", b"abc")
+    assert [folder.read(name, 0, 10) for name in ("empty", "short")] == [b"", b"abc"]
+    assert folder.read("short", 3, 10) == b""
+
+
 def test_both_folders_see_what_lies_deeper(folder: Folder) -> None:
     assert (list(folder.walk()), list(folder.folders())) == ([], [])
     for name in ("b/2", "b/1", "a-b/x", "a/c/d", "top"):

@@ -60,7 +60,10 @@ def prepare_parser() -> argparse.ArgumentParser:
         help="local or shared directory in which shards for an s3:// --out are written first",
     )
     parser.add_argument(
-        "--resolution", type=int, metavar="N", help="images are cropped to their centre NxN (default: their own size)"
+        "--resolution",
+        type=cli.count,
+        metavar="N",
+        help="images are cropped to their centre NxN (default: their own size)",
     )
     parser.add_argument(
         "--channels", type=int, choices=[1, 3], help="1 for grey, 3 for RGB (default: 1 for idx, 3 for the others)"
@@ -68,7 +71,7 @@ def prepare_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-column", help="column of a table with the images (default: image)")
     parser.add_argument("--label-column", help="column of a table with the labels (default: label)")
     parser.add_argument(
-        "--num-classes", type=int, metavar="N", help="number of classes, where it is larger than the images show"
+        "--num-classes", type=cli.count, metavar="N", help="number of classes, where it is larger than the images show"
     )
     parser.add_argument(
         "--max-bad-fraction",
@@ -76,6 +79,12 @@ def prepare_parser() -> argparse.ArgumentParser:
         default=0.001,
         metavar="F",
         help="largest part of the images that may be broken; report.json lists them (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-image-pixels",
+        type=cli.count,
+        metavar="N",
+        help="largest number of pixels of an image; one with more is broken (default: 178956970)",
     )
     _add_autoencoder(parser)
     parser.add_argument(
@@ -169,7 +178,7 @@ def index_parser() -> argparse.ArgumentParser:
         "--images", default="unknown", metavar="TEXT", help="name of the source of the images (default: %(default)s)"
     )
     parser.add_argument(
-        "--num-classes", type=int, metavar="N", help="number of classes (default: the highest class plus one)"
+        "--num-classes", type=cli.count, metavar="N", help="number of classes (default: the highest class plus one)"
     )
     _add_deadline(parser)
     return parser
@@ -265,6 +274,7 @@ def _dtype(text: str) -> str:
 
 def _source(options: argparse.Namespace, deadline_s: float) -> "tuple[ImageSource, tuple[str, ...]]":
     """The images that the options describe, and the names of their classes."""
+    from eqm_dist.data.bounds import MAX_IMAGE_PIXELS, MAX_SIDE
     from eqm_dist.data.preprocess import PreparedImages
     from eqm_dist.data.sources import Digits, IdxImages, ImageFolder, ImageTable, ImageTars
 
@@ -273,10 +283,11 @@ def _source(options: argparse.Namespace, deadline_s: float) -> "tuple[ImageSourc
         "--resolution": options.resolution,
         "--channels": options.channels,
         "--num-classes": options.num_classes,
+        "--max-image-pixels": options.max_image_pixels,
         "--image-column": options.image_column,
         "--label-column": options.label_column,
     }
-    allowed = {"digits": [], "parquet": list(given)}.get(options.source, list(given)[:4])
+    allowed = {"digits": [], "parquet": list(given)}.get(options.source, list(given)[:5])
     useless = [flag for flag, value in given.items() if value is not None and flag not in allowed]
     if useless:
         raise ConfigError(f"{useless[0]} has no effect with --source {options.source}; leave it out.")
@@ -284,8 +295,8 @@ def _source(options: argparse.Namespace, deadline_s: float) -> "tuple[ImageSourc
         return Digits(), ()
     if options.input is None:
         raise ConfigError(f"--source {options.source} needs --input, {SOURCES[options.source]}; add it.")
-    if options.resolution is not None and options.resolution < 1:
-        raise ConfigError(f"--resolution must be at least 1, received {options.resolution}.")
+    if options.resolution is not None and options.resolution > MAX_SIDE:
+        raise ConfigError(f"--resolution must be at most {MAX_SIDE:,}, received {options.resolution:,}; lower it.")
     if options.source == "parquet":
         raw = ImageTable(
             options.input,
@@ -297,7 +308,13 @@ def _source(options: argparse.Namespace, deadline_s: float) -> "tuple[ImageSourc
         kind = {"folder": ImageFolder, "tars": ImageTars, "idx": IdxImages}[options.source]
         raw = kind(options.input, deadline_s=deadline_s)
     channels = options.channels or (1 if options.source == "idx" else 3)
-    images = PreparedImages(raw, resolution=options.resolution, channels=channels, num_classes=options.num_classes)
+    images = PreparedImages(
+        raw,
+        resolution=options.resolution,
+        channels=channels,
+        num_classes=options.num_classes,
+        max_pixels=options.max_image_pixels or MAX_IMAGE_PIXELS,
+    )
     return images, images.class_names
 
 

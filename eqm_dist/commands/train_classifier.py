@@ -24,7 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shards", metavar="DIR", help="data set of images (default: the embedded digits)")
     parser.add_argument("--out", metavar="FILE", required=True, help="file for the weights, as safetensors")
     parser.add_argument(
-        "--steps", type=cli.count, default=STEPS, help="smallest number of updates (default: %(default)s)"
+        "--steps", type=cli.count, default=STEPS, metavar="N", help="smallest number of updates (default: %(default)s)"
     )
     return parser
 
@@ -47,9 +47,11 @@ def main(arguments: Sequence[str]) -> None:
     from eqm_dist.evaluate.train_classifier import accuracy, digits, images_of, train
     from eqm_dist.storage.files import atomic_write, make_writable
 
-    torch.set_num_threads(1)  # one thread: the same sums in the same order, hence the same weights
     path = Path(options.out).absolute()
-    make_writable(path.parent)
+    if path.is_dir():
+        raise DataError(f"--out must be a file, got the directory {options.out}; correct it.")
+    make_writable(path.parent)  # now, and not when the weights are there
+    torch.set_num_threads(1)  # one thread: the same sums in the same order, hence the same weights
     images, labels = images_of(options.shards) if options.shards else digits()
     if len(images) < FEWEST_IMAGES:
         raise DataError(f"A classifier needs at least {FEWEST_IMAGES} images, got {len(images)}; bring more.")

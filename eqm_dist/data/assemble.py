@@ -1,32 +1,30 @@
 """From tars to a data set: the index and the manifest that make them one."""
 
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from eqm_dist.data.index import ShardIndex, index_tar, write_index
-from eqm_dist.data.manifest import MANIFEST_NAME, FileRecord, Manifest, ShardRecord, record_of, write_manifest
+from eqm_dist.data.index import ShardIndex, check_moments, index_tar, write_index
+from eqm_dist.data.manifest import (
+    MANIFEST_NAME,
+    Description,
+    FileRecord,
+    Manifest,
+    ShardRecord,
+    describe,
+    is_file_name,
+    record_of,
+    write_manifest,
+)
+from eqm_dist.data.sources.names import readable, without_hidden
 from eqm_dist.errors import DataError
 from eqm_dist.storage.files import storage_errors
 from eqm_dist.storage.folder import Folder
 from eqm_dist.storage.location import DEADLINE_S
 from eqm_dist.storage.open import open_folder, open_whole
-
-
-@dataclass(frozen=True)
-class Description:
-    """What the tars do not say about themselves. The fields are those of ``Manifest``."""
-
-    name: str
-    source: str
-    autoencoder: str
-    autoencoder_location: str | None
-    latent_scale: float
-    latent_shift: float
-    num_classes: int
-    class_names: tuple[str, ...] = ()
 
 
 def assemble(folder: Folder, description: Description, shards: Sequence[tuple[FileRecord, ShardIndex]]) -> Manifest:
@@ -36,27 +34,34 @@ def assemble(folder: Folder, description: Description, shards: Sequence[tuple[Fi
         DataError: the tars hold no sample, differ in layout, or have classes outside [0, num_classes).
         StorageError: a file cannot be written.
     """
+    description.check()
     shards = [(record, index) for record, index in shards if len(index.records)]
+    if not shards:
+        raise DataError(
+            f"A data set must hold a sample, but no image of {folder.url} could be read; repair the images."
+        )
     layouts = {(index.moments_shape, index.dtype) for _, index in shards}
     if len(layouts) != 1:
         raise DataError(
-            f"All shards of {folder.url} must hold moments of one shape, found {sorted(map(str, layouts))}."
+            f"All shards of {folder.url} must hold moments of one shape, found {sorted(map(str, layouts))}; "
+            "put those of each shape into a directory of their own."
         )
     [(moments_shape, dtype)] = layouts
     records = np.concatenate([index.records for _, index in shards])
     low, high = int(records["label"].min()), int(records["label"].max())
     num_classes = description.num_classes
     if low < 0 or high >= num_classes:
-        raise DataError(f"Labels must lie in [0, {num_classes}), found {low} to {high} in {folder.url}.")
-    manifest = Manifest.model_validate(
-        {
-            **asdict(description),
-            "dtype": dtype.name,
-            "moments_shape": moments_shape,
-            "label_histogram": tuple(np.bincount(records["label"], minlength=num_classes).tolist()),
-            "shards": tuple(ShardRecord(**record.model_dump(), samples=len(index.records)) for record, index in shards),
-            "index": write_index(folder, records),
-        }
+        raise DataError(
+            f"Labels must lie in [0, {num_classes}), found {low} to {high} in {folder.url}; "
+            f"give --num-classes {high + 1}, or correct the classes."
+        )
+    manifest = describe(
+        description,
+        dtype=dtype.name,
+        moments_shape=moments_shape,
+        label_histogram=np.bincount(records["label"], minlength=num_classes).tolist(),
+        shards=[ShardRecord(**record.model_dump(), samples=len(index.records)) for record, index in shards],
+        index=write_index(folder, records),
     )
     write_manifest(folder, manifest)
     return manifest
@@ -90,7 +95,7 @@ def index_directory(
     """
     folder = open_folder(location, deadline_s=deadline_s)
     files = folder.list()
-    tars = [name for name in files if name.endswith(".tar")]
+    tars = without_hidden([name for name in files if name.endswith(".tar")], folder.url)
     if not tars:
         raise DataError(f"A directory to index must hold tars, but {folder.url} holds none; correct DIR.")
     if MANIFEST_NAME in files:
@@ -98,27 +103,38 @@ def index_directory(
             f"A directory to index must have no {MANIFEST_NAME}, but {folder.url} has one; check it with `verify`, or "
             "delete the file to index anew."
         )
-    shards = [_index(folder, name) for name in tars]
-    highest = max((int(index.records["label"].max()) for _, index in shards if len(index.records)), default=0)
+    for name in tars:
+        if not is_file_name(name):
+            raise DataError(
+                f"Names of shards must be text without control characters, but {folder.url} holds "
+                f"{readable(name)!r}; rename it."
+            )
     description = Description(
-        name=PurePosixPath(folder.url).name,
+        name=_name(PurePosixPath(folder.url).name),
         source=source,
         autoencoder=autoencoder,
         autoencoder_location=autoencoder_location,
         latent_scale=latent_scale,
         latent_shift=latent_shift,
-        num_classes=num_classes or highest + 1,
+        num_classes=1 if num_classes is None else num_classes,
     )
+    description.check()  # now, and not after hours of reading
+    shards = [_index(folder, name) for name in tars]
+    if num_classes is None:
+        highest = max((int(index.records["label"].max()) for _, index in shards if len(index.records)), default=0)
+        description = replace(description, num_classes=highest + 1)
     return assemble(folder, description, shards)
+
+
+def _name(directory: str) -> str:
+    """The name of a data set that lies in a directory of that name: it begins the names of shards that are merged."""
+    name = re.sub(r"[\\:]", "_", readable(directory)).lstrip(".")
+    return name if is_file_name(name) else "shards"
 
 
 def _index(folder: Folder, name: str) -> tuple[FileRecord, ShardIndex]:
     path = f"{folder.url}/{name}"
     with open_whole(folder, name) as file, storage_errors("read", path):
         index = index_tar(file, path)
-        # By the order of its bytes, too: the manifest names the type alone, and the loader takes it for little-endian.
-        if len(index.records) and index.dtype.str not in ("<f2", "<f4"):
-            raise DataError(
-                f"Moments must be little-endian float16 or float32, but {path} holds {index.dtype.str}; convert them."
-            )
+        check_moments(file, path, index)
         return record_of(file, name), index

@@ -3,19 +3,20 @@
 The unit of work of a preparation. Who does it, where and when decides none of its bytes.
 """
 
+import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from webdataset.writer import TarWriter
 
-from eqm_dist.data.index import SKIPPED_NAME, ShardIndex, index_shard
+from eqm_dist.data.index import SKIPPED_NAME, SOURCE_NAME, ShardIndex, are_moments, index_shard
 from eqm_dist.data.manifest import MomentsDtype
 from eqm_dist.data.sources.image import ImageSource, LabelledImage, SkippedImage
 from eqm_dist.errors import DataError
@@ -60,19 +61,27 @@ class ShardWriter:
     def _encode(self, task: ShardTask, device: torch.device) -> memoryview:
         content = io.BytesIO()
         skipped: list[SkippedImage] = []
+        digests: list[str | None] = []
         with TarWriter(content, user="", group="", mtime=0) as tar:
+            first: LabelledImage | None = None
             for batch in self._batches(task):
+                digests += [item.stored for item in batch]
                 skipped += [item for item in batch if isinstance(item, SkippedImage)]
                 samples = [item for item in batch if isinstance(item, LabelledImage)]
                 if not samples:
                     continue
-                images = _stack(samples).to(device)
+                first = first or samples[0]
+                images = _stack(samples, first).to(device)
                 views = [images, images.flip(2)] if self.mirror else [images]
                 moments = torch.stack([self.autoencoder.encode(view) for view in views], dim=1).cpu().numpy()
                 for sample, stored in zip(samples, _store(moments, samples, self.dtype), strict=True):
                     tar.write({"__key__": sample.key, "moments.npy": stored, "cls": sample.label})
+            # Into the shard itself, so that a shard and what is said of it are there together or not at all.
             if skipped:
-                _add_skipped(tar.tarstream, skipped)
+                listed = json.dumps([image.listed() for image in skipped])
+                _add_member(tar.tarstream, SKIPPED_NAME, listed.encode())
+            if (source := join_stored(digests)) is not None:
+                _add_member(tar.tarstream, SOURCE_NAME, source.encode())
         return content.getbuffer()
 
     def _batches(self, task: ShardTask) -> Iterator[list[LabelledImage | SkippedImage]]:
@@ -107,9 +116,8 @@ def check_shard(task: ShardTask, dtype: MomentsDtype) -> ShardIndex:
     return index
 
 
-def _stack(samples: list[LabelledImage]) -> torch.Tensor:
-    """Images [B, H, W, C], uint8."""
-    first = samples[0]
+def _stack(samples: list[LabelledImage], first: LabelledImage) -> torch.Tensor:
+    """Images [B, H, W, C], uint8, of the size of the shard's first."""
     other = next((sample for sample in samples if sample.image.shape != first.image.shape), None)
     if other is not None:
         raise DataError(
@@ -123,21 +131,28 @@ def _store(moments: np.ndarray, samples: list[LabelledImage], dtype: MomentsDtyp
     """Moments [B, V, 2C, H, W] in the stored dtype.
 
     Raises:
-        DataError: a mean is not finite there, or a log-variance is NaN or +inf (-inf is a point).
+        DataError: they are no moments there.
     """
     with np.errstate(over="ignore"):
         stored = moments.astype(dtype)
-    mean, log_variance = np.split(stored, 2, axis=2)
-    good = np.isfinite(mean) & (log_variance < np.inf)
+    good = are_moments(stored)
     if not good.all():
         sample = samples[int(np.argmin(good.all(axis=(1, 2, 3, 4))))]
         raise DataError(f"Moments must be finite in {dtype}, but those of {sample.key} are not; store them in float32.")
     return stored
 
 
-def _add_skipped(tar: tarfile.TarFile, skipped: list[SkippedImage]) -> None:
-    """Into the shard itself, so that a shard and its share of the report are there together or not at all."""
-    content = json.dumps([asdict(image) for image in skipped]).encode()
-    member = tarfile.TarInfo(SKIPPED_NAME)
+def join_stored(stored: Iterable[str | None]) -> str | None:
+    """sha256 of those of the stored images, or None where a source stores none."""
+    digest = hashlib.sha256()
+    for each in stored:
+        if each is None:
+            return None
+        digest.update(each.encode())
+    return digest.hexdigest()
+
+
+def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))

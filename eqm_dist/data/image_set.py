@@ -240,7 +240,7 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def _pixels_of(png: bytes) -> np.ndarray:
-    pixels = np.asarray(Image.open(io.BytesIO(png)))
+    pixels = np.asarray(Image.open(io.BytesIO(png), formats=("PNG",)))
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 

@@ -1,6 +1,5 @@
 """From positions to batches: reads samples by their byte offsets and keeps a few batches ready."""
 
-import math
 import mmap
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +23,7 @@ from eqm_dist.storage.location import is_remote
 from eqm_dist.storage.open import open_folder
 
 OPEN_SHARDS = 256
-"""Shards mapped at once. Each holds a file descriptor, of which a process may often have only 1,024."""
+"""Shards that a process maps at once. Each holds a file descriptor, of which it may often have only 1,024."""
 OPENERS = 4
 """Shards fetched or verified at once."""
 PREFETCH = 3
@@ -92,6 +91,15 @@ class ShardReader:
         self._openers = ThreadPoolExecutor(OPENERS, thread_name_prefix="shards")
         self._shards: OrderedDict[int, Future[_MappedShard]] = OrderedDict()
         self._lock = Lock()
+        self._open_shards: int | None = None
+
+    def share_descriptors(self, readers: int) -> None:
+        """Map no more than this reader's part of ``OPEN_SHARDS``, for there are so many readers."""
+        self._open_shards = max(1, OPEN_SHARDS // readers)
+
+    @property
+    def _most_shards(self) -> int:
+        return OPEN_SHARDS if self._open_shards is None else self._open_shards
 
     @property
     def shard_sizes(self) -> list[int]:
@@ -138,7 +146,7 @@ class ShardReader:
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Begin to fetch, verify and map shards that will be read soon, the first ones first."""
-        for shard in islice(shards, OPEN_SHARDS):
+        for shard in islice(shards, self._most_shards):
             self._open(shard)
 
     def stop_prefetch(self) -> None:
@@ -154,7 +162,7 @@ class ShardReader:
             if future is None or future.cancelled() or (future.done() and future.exception()):
                 future = self._shards[shard] = self._openers.submit(self._map, shard)
             self._shards.move_to_end(shard)
-            while len(self._shards) > OPEN_SHARDS:
+            while len(self._shards) > self._most_shards:
                 self._shards.popitem(last=False)
             return future
 
@@ -174,11 +182,9 @@ class ShardReader:
 
     def _map(self, shard: int) -> "_MappedShard":
         content = self._content(shard)
+        # The index was compared with the sizes of the shards when it was opened, and the map has the size of its shard.
+        check_bytes(f"{self._folder.url}/{self.manifest.shards[shard].name}", len(content), self.manifest.shards[shard])
         offsets = self._index["offset"][self._first_sample[shard] : self._first_sample[shard + 1]].astype(np.int64)
-        record_bytes = math.prod(self.manifest.moments_shape) * self._dtype.itemsize
-        if offsets.min() < 0 or offsets.max() + record_bytes > len(content):
-            path = f"{self._folder.url}/{self.manifest.shards[shard].name}"
-            raise DataError(f"The index must point into {path}, but points past its end; prepare the data set again.")
         return _MappedShard(content, offsets, self.manifest.moments_shape, self._dtype)
 
     def _content(self, shard: int) -> mmap.mmap:
@@ -199,14 +205,18 @@ class JoinedReader:
     """Several data sets as one: samples and shards are numbered through, as in ``MixedOrder``.
 
     Args:
-        readers: of data sets of one shape, autoencoder and set of classes.
+        readers: of data sets of one shape, autoencoder and set of classes; they share ``OPEN_SHARDS``.
 
     Raises:
-        DataError: they differ in what a batch must have in common.
+        DataError: they differ in what a batch must have in common, or are too many.
     """
 
     def __init__(self, readers: Sequence[ShardReader]) -> None:
         self._readers = list(readers)
+        if len(readers) > OPEN_SHARDS:
+            raise DataError(f"At most {OPEN_SHARDS} data sets can be mixed, received {len(readers)}; merge some.")
+        for reader in readers:
+            reader.share_descriptors(len(readers))
         self.manifest = readers[0].manifest
         """The first one's; what it says of the moments holds for all."""
         for name in ("moments_shape", "num_classes", "autoencoder", "latent_scale", "latent_shift"):

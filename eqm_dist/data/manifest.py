@@ -6,13 +6,18 @@ DIR/manifest.json          written last: a data set exists when its manifest exi
 """
 
 import hashlib
-import json
+import math
 import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from eqm_dist.data.bounds import MAX_CLASSES, MAX_MOMENTS_BYTES, MAX_TEXT_BYTES
+from eqm_dist.data.foreign_json import parse_json
 from eqm_dist.errors import DataError, StorageError
 from eqm_dist.storage.files import storage_errors
 from eqm_dist.storage.folder import Folder, LocalFolder
@@ -21,10 +26,28 @@ from eqm_dist.storage.open import open_folder
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
+MAX_COUNT = 2**62
+"""Of bytes and samples: their sums fit into 64 bits."""
+MAX_FILE_NAME_BYTES = 255
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a manifest may list a file of that name: of any script, visible, and not outside its directory."""
+    forbidden = re.search(r"[/\\:]", name) or name.startswith(".") or not name.isprintable()
+    return bool(name) and not forbidden and len(name.encode()) <= MAX_FILE_NAME_BYTES
+
+
+def _file_name(name: str) -> str:
+    # A manifest comes with data from elsewhere: a name must not lead out of its directory.
+    if not is_file_name(name):
+        raise ValueError(f"{name[:80]!r} is not the name of a file in its directory")
+    return name
+
+
 MomentsDtype = Literal["float16", "float32"]
-Positive = Annotated[int, Field(gt=0)]
-# A manifest comes with data from elsewhere: a name must not lead out of its directory.
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
+Positive = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+FileName = Annotated[str, AfterValidator(_file_name)]
 
 
 class FileRecord(BaseModel):
@@ -56,16 +79,16 @@ class Manifest(BaseModel):
     """What turned images into moments: a name that says which weights."""
     autoencoder_location: str | None = None
     """Where those weights are: a local folder, or a hub id with its revision; None where there are none."""
-    latent_scale: float
-    latent_shift: float
+    latent_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    latent_shift: Annotated[float, Field(allow_inf_nan=False)]
     """latents = (posterior sample - latent_shift) * latent_scale."""
     dtype: MomentsDtype
     moments_shape: tuple[Annotated[int, Field(ge=1, le=2)], Positive, Positive, Positive]
     """[V, 2C, H, W]: mean, then log-variance, of the image and, with V = 2, of its mirror (flipped before encoding)."""
-    num_classes: Positive
+    num_classes: Annotated[int, Field(gt=0, le=MAX_CLASSES)]
     class_names: tuple[str, ...] = ()
     """One for each class, or none."""
-    label_histogram: tuple[int, ...]
+    label_histogram: tuple[Count, ...]
     """Samples of each class."""
     shards: Annotated[tuple[ShardRecord, ...], Field(min_length=1)]
     """In the order in which sample indices count."""
@@ -79,7 +102,17 @@ class Manifest(BaseModel):
             raise ValueError(f"label_histogram must count {self.num_samples} samples in {self.num_classes} classes")
         if self.class_names and len(self.class_names) != self.num_classes:
             raise ValueError(f"class_names must be {self.num_classes} or none, not {len(self.class_names)}")
+        names = [record.name for record in (*self.shards, self.index)]
+        if len(set(names)) < len(names):
+            raise ValueError("every file must be listed once")
+        if self.moments_bytes > MAX_MOMENTS_BYTES:
+            raise ValueError(f"a sample must have at most {MAX_MOMENTS_BYTES:,} bytes, not {self.moments_bytes:,}")
         return self
+
+    @property
+    def moments_bytes(self) -> int:
+        """Bytes of the moments of one sample."""
+        return math.prod(self.moments_shape) * {"float16": 2, "float32": 4}[self.dtype]
 
     @property
     def num_samples(self) -> int:
@@ -93,6 +126,61 @@ class Manifest(BaseModel):
         return channels // 2, height, width
 
 
+@dataclass(frozen=True)
+class Description:
+    """What the tars do not say about themselves. The fields are those of ``Manifest``."""
+
+    name: str
+    source: str
+    autoencoder: str
+    autoencoder_location: str | None
+    latent_scale: float
+    latent_shift: float
+    num_classes: int
+    class_names: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """See that a manifest can say all this, before anything is computed.
+
+        Raises:
+            DataError: it cannot.
+        """
+        if not 0 < self.num_classes <= MAX_CLASSES:
+            raise DataError(f"Classes must be 1 to {MAX_CLASSES:,}, but {self.source} has {self.num_classes:,}.")
+        nothing = {"bytes": 8, "sha256": "0" * 64}
+        describe(
+            self,
+            dtype="float32",
+            moments_shape=(1, 2, 1, 1),
+            label_histogram=(1, *(0,) * (self.num_classes - 1)),
+            shards=(ShardRecord(name="shard.tar", samples=1, **nothing),),
+            index=FileRecord(name="index.npy", **nothing),
+        )
+
+
+def describe(
+    description: Description,
+    *,
+    dtype: str,
+    moments_shape: Sequence[int],
+    label_histogram: Sequence[int],
+    shards: Sequence[ShardRecord],
+    index: FileRecord,
+) -> Manifest:
+    """The manifest of these files.
+
+    Raises:
+        DataError: there is none that could hold all this.
+    """
+    fields = {**vars(description), "dtype": dtype, "moments_shape": tuple(moments_shape)}
+    try:
+        return Manifest.model_validate(
+            {**fields, "label_histogram": tuple(label_histogram), "shards": tuple(shards), "index": index}
+        )
+    except ValidationError as error:
+        raise DataError(f"A data set must be one that a manifest can describe, but {_reason(error)}.") from error
+
+
 def read_manifest(location: str | Path | Folder) -> Manifest:
     """Read and check the manifest.json of a local directory or an s3:// prefix.
 
@@ -102,27 +190,48 @@ def read_manifest(location: str | Path | Folder) -> Manifest:
     """
     folder = open_folder(location) if isinstance(location, (str, Path)) else location
     path = f"{folder.url}/{MANIFEST_NAME}"
-    remedy = f"prepare one with `python pipelines/prepare_shards.py --source digits --out {folder.url}`"
-    if isinstance(folder, LocalFolder) and not Path(folder.url).is_dir():
+    remote = not isinstance(folder, LocalFolder)
+    staging = " --staging DIR" if remote else ""
+    remedy = f"prepare one with `python pipelines/prepare_shards.py --source digits{staging} --out {folder.url}`"
+    if not remote and not Path(folder.url).is_dir():
         raise DataError(f"Shards must lie in a directory, but {folder.url} does not exist; {remedy}.")
-    if folder.size(MANIFEST_NAME) is None:
+    size = folder.size(MANIFEST_NAME)
+    if size is None:
+        folder.list()  # where there is no bucket, S3 says so here, and nothing can be prepared into it
         raise DataError(f"A data set must have a {MANIFEST_NAME}, but {folder.url} holds none; {remedy}.")
-    text = folder.read(MANIFEST_NAME)
+    if size > MAX_TEXT_BYTES:
+        raise DataError(f"A manifest must have at most {MAX_TEXT_BYTES:,} bytes, but {path} has {size:,}; restore it.")
+    return parse_manifest(folder.read(MANIFEST_NAME), path)
+
+
+def parse_manifest(text: bytes, path: str) -> Manifest:
+    """The manifest that a text is; ``path`` is what it is called in errors.
+
+    Raises:
+        DataError: its format is unknown, or it is damaged.
+    """
     try:
-        fields = json.loads(text)
-        version = fields["version"]
+        version = parse_json(text)["version"]
         if version != VERSION:
             raise DataError(
-                f"The manifest must have version {VERSION}, but {path} has version {version!r}; "
+                f"The manifest must have version {VERSION}, but {path} has version {repr(version)[:40]}; "
                 "use the eqm-dist release that wrote it, or prepare the shards again."
             )
         # As JSON, for its tuples are lists.
         return Manifest.model_validate_json(text)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
+        reason = _reason(error) if isinstance(error, ValidationError) else repr(error)
         raise DataError(
             f"The manifest {path} is damaged ({reason}); restore it, or prepare the shards again."
         ) from error
+
+
+def _reason(error: ValidationError) -> str:
+    """The first fault in one line: where, and what."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    reason = first["msg"].removeprefix("Value error, ")
+    return " ".join(f"{where}: {reason}".removeprefix(": ").split())[:300]
 
 
 def write_manifest(folder: Folder, manifest: Manifest) -> None:

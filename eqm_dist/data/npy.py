@@ -17,6 +17,7 @@ VERSIONS = {b"\x01\x00": (2, "latin1"), b"\x02\x00": (4, "latin1"), b"\x03\x00":
 """Bytes of the number that says how long the header is, and the encoding of the header."""
 MAX_HEADER_BYTES = 10_000
 """Far above what any array of numbers needs; NumPy has the same limit."""
+READ_BYTES = 16 << 20
 
 # Of the literals of Python those that NumPy writes, and what other writers of such files put between them. White space
 # matches in one way only wherever it may be, so that a hostile header costs no more time than its length.
@@ -71,22 +72,34 @@ def read_header(file: IO[bytes]) -> NpyHeader:
     return NpyHeader(sizes, fortran_order == "True", _dtype(descr))
 
 
-def read_array(file: IO[bytes]) -> np.ndarray:
+def read_array(file: IO[bytes], most_bytes: int | None = None) -> np.ndarray:
     """The array of an .npy file, in memory and writable. Memory is taken for what the file holds, not for what it says.
 
     Args:
         file: as for ``read_header``.
+        most_bytes: of an array that is read; None for any, where the file is not packed, or one's own.
 
     Raises:
-        ValueError: as there; or it holds objects, which would have to be unpickled, or ends too early.
+        ValueError: as there; or it holds objects, which would have to be unpickled, or ends too early, or is too large.
     """
     shape, fortran_order, dtype = read_header(file)
     if dtype.hasobject:
         raise ValueError("it holds Python objects, which would have to be unpickled")
-    content = bytearray(file.read())
-    if len(content) < math.prod(shape) * dtype.itemsize:
+    size = math.prod(shape) * dtype.itemsize
+    if most_bytes is not None and size > most_bytes:
+        raise ValueError(f"it has {size:,} bytes by its header, more than {most_bytes:,}")
+    content = read_up_to(file, size)
+    if len(content) < size:
         raise ValueError(f"it has {len(content):,} bytes for an array of shape {list(shape)} and dtype {dtype}")
     return np.ndarray(shape, dtype, content, order="F" if fortran_order else "C")
+
+
+def read_up_to(file: IO[bytes], count: int) -> bytearray:
+    """The next ``count`` bytes, or what there is. ``file.read(count)`` would take memory before it has the bytes."""
+    content = bytearray()
+    while len(content) < count and (part := file.read(min(count - len(content), READ_BYTES))):
+        content += part
+    return content
 
 
 def _exactly(file: IO[bytes], count: int) -> bytes:

@@ -3,7 +3,7 @@
 Shard k holds the images [k * samples_per_shard, (k + 1) * samples_per_shard) of the source, less those that cannot be
 decoded, and nothing else decides its bytes. So a shard is either there and whole or is written again, and a
 preparation that was killed goes on where it was: the request comes first, then the tars, each whole at once, then the
-report and the index, the manifest last.
+report and the index, the manifest last. A shard whose images were changed or repaired since is written again too.
 """
 
 import fcntl
@@ -12,24 +12,26 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eqm_dist.data.assemble import Description, assemble
+from eqm_dist.data.assemble import assemble
 from eqm_dist.data.encode import ShardTask, ShardWriter, check_shard
+from eqm_dist.data.foreign_json import parse_json
 from eqm_dist.data.index import ShardIndex
 from eqm_dist.data.manifest import (
     MANIFEST_NAME,
     VERSION,
+    Description,
     Manifest,
     MomentsDtype,
     check_checksum,
     file_record,
     read_manifest,
 )
+from eqm_dist.data.source_changes import SourceChanges
 from eqm_dist.data.sources.digits import Digits
 from eqm_dist.data.sources.image import ImageSource, SkippedImage
 from eqm_dist.errors import DataError
@@ -121,41 +123,54 @@ def write_shards(
     }
     with storage_errors("create", directory):
         directory.mkdir(parents=True, exist_ok=True)
-    if _finished(directory, request):
+    description = Description(
+        name=name,
+        source=source.id,
+        autoencoder=autoencoder.id,
+        autoencoder_location=autoencoder.location,
+        latent_scale=autoencoder.latent_scale,
+        latent_shift=autoencoder.latent_shift,
+        num_classes=source.num_classes,
+        class_names=tuple(class_names),
+    )
+    description.check()  # now, and not after hours of encoding
+    changes = SourceChanges(directory, source)
+    if _finished(directory, request) and not changes.possible():
         return read_manifest(directory)
     with _alone_in(directory):
-        if _finished(directory, request):  # by another process, while this one waited
+        finished = _finished(directory, request)  # perhaps by another process, while this one waited
+        if finished and not changes.possible():
             return read_manifest(directory)
         _claim(directory, request)
         remove_leftovers(directory)
-        _check_recorded(directory)
+        if not finished:
+            _check_recorded(directory)
         tasks = [
             ShardTask(directory / f"{name}-{number:06d}.tar", start, min(start + samples_per_shard, len(source)))
             for number, start in enumerate(range(0, len(source), samples_per_shard))
         ]
         done = {task.path: check_shard(task, dtype) for task in tasks if task.path.exists()}
+        outdated = changes.outdated([(task, done[task.path]) for task in tasks if task.path in done])
+        if finished:
+            if not outdated:
+                changes.accept()
+                return read_manifest(directory)
+            _check_recorded(directory)
+            _remove([directory / MANIFEST_NAME])  # first, so that no manifest ever vouches for other files
+        _remove([task.path for task in outdated])
+        done = {path: index for path, index in done.items() if path not in {task.path for task in outdated}}
+        changes.accept()
         missing = [task for task in tasks if task.path not in done]
         _check_skipped(directory, done, len(source), max_bad_fraction)
         progress = _Progress(len(source), sum(task.stop - task.start for task in missing))
         for task, index in runner(ShardWriter(source, autoencoder, dtype, mirror).write, missing):
+            _check_alike(task, index, done)
             done[task.path] = index
             progress.log(task, index)
             _check_skipped(directory, done, len(source), max_bad_fraction)
         _write_report(directory, done, len(source))
-        return assemble(
-            LocalFolder(directory),
-            Description(
-                name=name,
-                source=source.id,
-                autoencoder=autoencoder.id,
-                autoencoder_location=autoencoder.location,
-                latent_scale=autoencoder.latent_scale,
-                latent_shift=autoencoder.latent_shift,
-                num_classes=source.num_classes,
-                class_names=tuple(class_names),
-            ),
-            [(file_record(task.path), done[task.path]) for task in tasks],
-        )
+        shards = [(file_record(task.path), done[task.path]) for task in tasks]
+        return assemble(LocalFolder(directory), description, shards)
 
 
 def _finished(directory: Path, request: dict[str, Any]) -> bool:
@@ -185,8 +200,8 @@ def _check_request(directory: Path, request: dict[str, Any]) -> None:
     path = directory / REQUEST_NAME
     try:
         with storage_errors("read", path):
-            found = json.loads(path.read_bytes() if path.exists() else b"{}")
-    except ValueError as error:
+            found = dict(parse_json(path.read_bytes() if path.exists() else b"{}"))
+    except (ValueError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}); delete {directory} and prepare the data set again.") from error
     different = [
         f"{field}={found.get(field)!r}, not {value!r}" for field, value in request.items() if found.get(field) != value
@@ -229,6 +244,26 @@ def _alone_in(directory: Path) -> Iterator[None]:
         yield
 
 
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
+        with storage_errors("remove", path):
+            path.unlink(missing_ok=True)
+
+
+def _check_alike(task: ShardTask, index: ShardIndex, done: dict[Path, ShardIndex]) -> None:
+    """See that a new shard has moments of the shape of the others, as soon as there are two.
+
+    Raises:
+        DataError: it has not.
+    """
+    for path, other in done.items():
+        if index.moments_shape and other.moments_shape and index.moments_shape != other.moments_shape:
+            raise DataError(
+                f"All images must have one size, but those of {task.path} give moments {list(index.moments_shape)} and "
+                f"those of {path.name} {list(other.moments_shape)}; give --resolution and a new --out."
+            )
+
+
 def _check_skipped(directory: Path, done: dict[Path, ShardIndex], images: int, max_bad_fraction: float) -> None:
     """Stop as soon as it is clear that too many images are broken.
 
@@ -251,7 +286,7 @@ def _write_report(directory: Path, done: dict[Path, ShardIndex], images: int) ->
         "images": images,
         "read": sum(len(index.records) + len(index.skipped) for index in done.values()),
         "skipped": len(skipped),
-        "skipped_images": [asdict(image) for image in skipped],
+        "skipped_images": [image.listed() for image in skipped],
     }
     atomic_write(directory / REPORT_NAME, (json.dumps(report, indent=1) + "\n").encode())
 

@@ -1,29 +1,33 @@
 """Sets of images made by anybody, to be measured: files, tars, an ADM .npz, the shards of a training set."""
 
 import hashlib
-import tarfile
+import lzma
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from eqm_dist.data.bounds import MAX_IMAGE_BYTES, MAX_SIDE
 from eqm_dist.data.cache import FileCache
-from eqm_dist.data.image_set import PICTURES
+from eqm_dist.data.foreign_json import parse_json
+from eqm_dist.data.image_set import NPZ_FILE, PICTURES, RECORD_FILE, SETTINGS_FILE
 from eqm_dist.data.loader import ShardReader
 from eqm_dist.data.manifest import MANIFEST_NAME
-from eqm_dist.data.npy import read_header
+from eqm_dist.data.npy import read_header, read_up_to
 from eqm_dist.data.preprocess import PreparedImages
-from eqm_dist.data.sources import RawImage, SkippedImage
+from eqm_dist.data.sources import LabelledImage, RawImage, SkippedImage
 from eqm_dist.data.sources.files import find_files
-from eqm_dist.data.sources.folder import SUFFIXES
+from eqm_dist.data.sources.names import is_image, readable, without_hidden
+from eqm_dist.data.sources.tars import image_members
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.models.autoencoder import Autoencoder, load_autoencoder, mean_latents
 from eqm_dist.storage.files import storage_errors
@@ -33,7 +37,14 @@ from eqm_dist.storage.open import open_folder
 
 ADM_IMAGES = "arr_0"
 """The array of images in an ADM .npz."""
+CHANNELS = (1, 3, 4)
 HASH_BYTES = 1 << 24
+MAX_SETTINGS_BYTES = 1 << 20
+ARCHIVE_ERRORS = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, KeyError, EOFError,
+    RuntimeError, NotImplementedError,  # encrypted, or packed in a way that Python does not know
+)  # fmt: skip
+"""What a damaged .npz makes Python raise."""
 CACHE_BYTES = 64 << 30
 
 
@@ -63,7 +74,7 @@ def open_images(location: str, *, resolution: int | None = None, channels: int =
 
     Args:
         location: an .npz with ``arr_0``; a tar or a glob of tars; a directory or s3:// prefix of shards, of tars or of
-            image files, however deep; or what ``pipelines/sample.py`` wrote.
+            image files, however deep; a glob of image files; or what ``pipelines/sample.py`` wrote.
         resolution: crop files and tars to the centre square of so many pixels; None takes them as they are.
         channels: 1 reads files and tars as grey, 3 as RGB.
 
@@ -73,17 +84,39 @@ def open_images(location: str, *, resolution: int | None = None, channels: int =
         StorageError: the machine cannot read them.
     """
     folder = open_folder(location)
-    if location.endswith(".npz") or folder.size("samples.npz") is not None:
-        images: Images = NpzImages(location if location.endswith(".npz") else f"{location.rstrip('/')}/samples.npz")
-    elif folder.size(MANIFEST_NAME) is not None:
+    tars, names = find_files(location, [".tar"], DEADLINE_S)
+    pictures = [name for name in folder.walk() if is_image(name)]
+    pictures_folder = folder
+    if not pictures:  # a glob, or one file
+        pictures_folder, pictures = tars, [name for name in names if is_image(name)]
+    names = without_hidden([name for name in names if name.endswith(".tar")], location)
+    is_set = _is_image_set(folder)
+    pictures = without_hidden([name for name in pictures if not (is_set and name in PICTURES)], location)
+    is_npz = location.endswith(".npz")
+    holds_npz = not is_npz and folder.size(NPZ_FILE) is not None
+    holds_shards = folder.size(MANIFEST_NAME) is not None
+    found = {
+        f"a {NPZ_FILE}": holds_npz,
+        f"a {MANIFEST_NAME}, which is one of shards": holds_shards,
+        f"{len(names)} tars": bool(names) and not holds_shards,
+        f"{len(pictures)} image files": bool(pictures),
+    }
+    kinds = [kind for kind, there in found.items() if there]
+    if len(kinds) > 1:
+        raise DataError(
+            f"A set of images must be of one kind, but {location} holds {' and '.join(kinds)}; name the file, or move "
+            "the others elsewhere."
+        )
+    if is_npz or holds_npz:
+        images: Images = NpzImages(location if is_npz else f"{location.rstrip('/')}/{NPZ_FILE}")
+    elif holds_shards:
         images = ShardImages(location)
     else:
-        tars, names = find_files(location, [".tar"], DEADLINE_S)
-        if names and all(name.endswith(".tar") for name in names):
-            raw = _tar_members(location, tars, names)
-        else:
-            found = [name for name in folder.walk() if PurePosixPath(name).suffix.lower() in SUFFIXES]
-            raw = RawImages(location, folder, [_Place(name) for name in found if name not in PICTURES])
+        raw = (
+            _tar_members(location, tars, names)
+            if names
+            else RawImages(location, pictures_folder, [_Place(name) for name in pictures])
+        )
         if not len(raw):
             raise DataError(
                 f"Images must be an .npz with {ADM_IMAGES}, tars, shards or a folder of image files, and {location}"
@@ -98,6 +131,28 @@ def open_images(location: str, *, resolution: int | None = None, channels: int =
                 f" bring images of {resolution}x{resolution}."
             )
     return images
+
+
+def _is_image_set(folder: Folder) -> bool:
+    """Whether ``pipelines/sample.py`` wrote it, so that its pictures are known by their names.
+
+    Raises:
+        DataError: it did not come to its end.
+    """
+    if folder.size(SETTINGS_FILE) is None:
+        return False
+    try:
+        settings = parse_json(folder.read(SETTINGS_FILE, 0, MAX_SETTINGS_BYTES))
+    except ValueError:
+        return False
+    if not (isinstance(settings, dict) and {"format", "samples", "unit"} <= settings.keys()):
+        return False
+    if folder.size(RECORD_FILE) is None:
+        raise DataError(
+            f"A set of images must be whole, but {folder.url} is one that sample.py has begun and not finished; run it "
+            "again."
+        )
+    return True
 
 
 def first_images(location: str, count: int, channels: int = 3) -> Tensor:
@@ -139,7 +194,7 @@ class RawImages:
     def read(self, start: int, stop: int) -> Iterator[RawImage]:
         """The images [start, stop), in order."""
         for number, place in enumerate(self._places[start:stop], start):
-            name = place.name or place.file
+            name = readable(place.name or place.file)
             yield RawImage(f"{number:08d}", name, self._content(place), 0)
 
     def content_id(self) -> str:
@@ -152,27 +207,26 @@ class RawImages:
         return digest.hexdigest()
 
     def _content(self, place: _Place) -> bytes:
-        stop = None if place.size is None else place.offset + place.size
-        return self._folder.read(place.file, place.offset, stop)
+        most = MAX_IMAGE_BYTES + 1
+        size = most if place.size is None else min(place.size, most)
+        return self._folder.read(place.file, place.offset, place.offset + size)
+
+    def versions(self) -> Sequence[str]:
+        """See ``RawSource``."""
+        return self._folder.versions(list(dict.fromkeys(place.file for place in self._places)))
 
 
 def _tar_members(location: str, folder: Folder, tars: Sequence[str]) -> RawImages:
     places = []
     for name in tars:
-        try:
-            with folder.open(name) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                places += [
-                    _Place(name, f"{name}:{member.name}", member.offset_data, member.size)
-                    for member in tar
-                    if member.isfile() and PurePosixPath(member.name).suffix.lower() in SUFFIXES
-                ]
-        except tarfile.TarError as error:
-            raise DataError(f"{folder.url}/{name} must be a whole tar ({error}); replace it.") from error
+        path = f"{folder.url}/{name}"
+        with storage_errors("read", path), folder.open(name) as file:
+            places += [_Place(name, f"{name}:{m.name}", m.offset, m.size) for m in image_members(file, path)]
     return RawImages(location, folder, places)
 
 
 class DecodedImages:
-    """Image files and members of tars as pixels: ``Images``."""
+    """Image files and members of tars as pixels: ``Images``. All must have the size of the first."""
 
     def __init__(self, raw: RawImages, resolution: int | None, channels: int) -> None:
         self.location = raw.location
@@ -190,21 +244,29 @@ class DecodedImages:
     def read(self, start: int, stop: int, batch: int) -> Iterator[Tensor]:
         """See ``Images``."""
         for first in range(start, stop, batch):
-            pixels = []
-            for image in self._prepared.read(first, min(stop, first + batch)):
-                if isinstance(image, SkippedImage):
-                    raise DataError(
-                        f"Every image must be whole, and {image.name} of {self.location} cannot be decoded"
-                        f" ({image.reason}); replace or remove it."
-                    )
-                if pixels and image.image.shape != pixels[0].shape:
-                    height, width, _ = image.image.shape
-                    raise DataError(
-                        f"All images must have one size, and {self.location} holds {pixels[0].shape[1]}x"
-                        f"{pixels[0].shape[0]} and {width}x{height}; give a resolution to crop them to."
-                    )
-                pixels.append(image.image)
-            yield torch.from_numpy(np.stack(pixels))
+            images = self._prepared.read(first, min(stop, first + batch))
+            yield torch.from_numpy(np.stack([self._sized(self._whole(image)) for image in images]))
+
+    @cached_property
+    def _shape(self) -> tuple[int, ...]:
+        """Of the first image of all: an actor reads its own part, which may have one size of its own."""
+        return self._whole(next(iter(self._prepared.read(0, 1)))).shape
+
+    def _whole(self, image: LabelledImage | SkippedImage) -> np.ndarray:
+        if isinstance(image, SkippedImage):
+            raise DataError(
+                f"Every image must be whole, and {image.name} of {self.location} cannot be decoded"
+                f" ({image.reason}); replace or remove it."
+            )
+        return image.image
+
+    def _sized(self, pixels: np.ndarray) -> np.ndarray:
+        if pixels.shape != self._shape:
+            raise DataError(
+                f"All images must have one size, and {self.location} holds {self._shape[1]}x{self._shape[0]} and "
+                f"{pixels.shape[1]}x{pixels.shape[0]}; give a resolution to crop them to."
+            )
+        return pixels
 
 
 class NpzImages:
@@ -233,13 +295,15 @@ class NpzImages:
 
     def read(self, start: int, stop: int, batch: int) -> Iterator[Tensor]:
         """See ``Images``."""
-        each = int(np.prod(self._shape[1:]))
+        each = math.prod(self._shape[1:])
         with self._stream() as file:
             _header(file, self._path)
             file.seek(start * each, 1)
             for first in range(start, stop, batch):
                 count = min(stop, first + batch) - first
-                pixels = np.frombuffer(bytearray(file.read(count * each)), np.uint8)
+                pixels = np.frombuffer(read_up_to(file, count * each), np.uint8)
+                if len(pixels) < count * each:
+                    raise EOFError(f"it ends before image {first + count}")
                 yield torch.from_numpy(pixels.reshape(count, *self._shape[1:]))
 
     @contextmanager
@@ -251,7 +315,7 @@ class NpzImages:
                 archive.open(f"{ADM_IMAGES}.npy") as file,
             ):
                 yield file
-        except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
+        except ARCHIVE_ERRORS as error:
             raise DataError(
                 f"{self._path} must be a whole .npz with the array {ADM_IMAGES} ({' '.join(str(error).split())}); write"
                 " it again with numpy.savez(path, images)."
@@ -264,8 +328,15 @@ def _header(file: IO[bytes], path: Path) -> tuple[int, ...]:
         shape, fortran, dtype = read_header(file)
     except ValueError as error:
         raise DataError(f"{path}: {ADM_IMAGES} must be an array ({error}); write it with numpy.savez.") from error
+    rule = f"{path}: {ADM_IMAGES} must be uint8 [N, H, W, C], and is {dtype} {list(shape)}"
     if dtype != np.uint8 or len(shape) != 4 or fortran:
-        raise DataError(f"{path}: {ADM_IMAGES} must be uint8 [N, H, W, C], and is {dtype} {list(shape)}; convert it.")
+        raise DataError(f"{rule}; convert it.")
+    count, height, width, channels = shape
+    if channels not in CHANNELS:
+        axes = "transpose it with images.transpose(0, 2, 3, 1)" if height in CHANNELS else "convert it"
+        raise DataError(f"{rule}, of which C is 1, 3 or 4; {axes}.")
+    if not (count and height and width) or height * width > MAX_SIDE**2:
+        raise DataError(f"{rule}, with images of 1 to {MAX_SIDE**2:,} pixels; convert it.")
     return shape
 
 

@@ -7,7 +7,6 @@ that decides their content, so one that is old is never found.
 import hashlib
 import json
 import zipfile
-import zlib
 from collections.abc import Callable, Collection
 from dataclasses import fields
 from pathlib import Path
@@ -19,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from eqm_dist.data.bounds import MAX_STATISTICS_BYTES
 from eqm_dist.data.npy import read_array
 from eqm_dist.errors import DataError
-from eqm_dist.evaluate.images import Images
+from eqm_dist.evaluate.images import ARCHIVE_ERRORS, Images
 from eqm_dist.evaluate.metrics import FeatureMoments
 from eqm_dist.evaluate.statistics import (
     MOMENTS,
@@ -159,7 +159,7 @@ def published_moments(path: Path, extractor: nn.Module) -> dict[str, FeatureMome
             for part, names in PUBLISHED.items():
                 if all(f"{name}.npy" in members for name in names):
                     found[part] = _moments(*(_array(archive, name) for name in names))
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
+    except (*ARCHIVE_ERRORS, ValueError) as error:
         raise DataError(
             f"{path} must be an .npz with mu [F] and sigma [F, F] ({' '.join(str(error).split())}); fetch it again."
         ) from error
@@ -174,14 +174,13 @@ def published_moments(path: Path, extractor: nn.Module) -> dict[str, FeatureMome
 
 def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     with archive.open(f"{name}.npy") as file:
-        return read_array(file)
+        return read_array(file, MAX_STATISTICS_BYTES)
 
 
 def _moments(mean: np.ndarray, covariance: np.ndarray) -> FeatureMoments:
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(f"mean {list(mean.shape)} and covariance {list(covariance.shape)} do not fit")
-    if mean.dtype.kind not in "fiu" or covariance.dtype.kind not in "fiu":
-        raise ValueError(f"mean and covariance are {mean.dtype} and {covariance.dtype}")
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise ValueError("mean or covariance are not finite")
+    for name, array in (("mean", mean), ("covariance", covariance)):
+        if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+            raise ValueError(f"{name} of {array.dtype} is not all finite numbers")
     return FeatureMoments.of_gaussian(torch.from_numpy(mean), torch.from_numpy(covariance))

@@ -6,15 +6,19 @@ import os
 import shutil
 import stat
 import uuid
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Literal, Protocol
 
 from eqm_dist.storage.files import TEMPORARY_SUFFIX, atomic_write, fsync_directory, storage_errors, whole_file
 from eqm_dist.storage.location import local_path
 
 CHUNK_BYTES = 1 << 20
+STAT_THREADS = 16
+"""Files asked for at once: a network file system answers each after a while."""
 
 
 class Folder(Protocol):
@@ -83,6 +87,14 @@ class Folder(Protocol):
         """
         ...
 
+    def versions(self, names: Sequence[str]) -> Sequence[str]:
+        """What tells the state of each of these files from others, without reading it: size and time of change.
+
+        Raises:
+            StorageError: one is missing, or the storage cannot tell.
+        """
+        ...
+
     def write(self, name: str, content: bytes | memoryview) -> None:
         """Write a file that readers see whole or not at all; replaces an old one. At most 5 GiB on S3.
 
@@ -125,16 +137,16 @@ class LocalFolder:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """See ``Folder``."""
-        path = self._path / name
-        with storage_errors("read", path), open(path, "rb") as file:
+        with self.open(name) as file, storage_errors("read", self._path / name):
             file.seek(start)
-            return file.read(-1 if stop is None else max(0, stop - start))
+            wanted = os.fstat(file.fileno()).st_size if stop is None else stop
+            return file.read(max(0, min(wanted, os.fstat(file.fileno()).st_size) - start))
 
     def open(self, name: str) -> BinaryIO:
         """See ``Folder``."""
         path = self._path / name
         with storage_errors("read", path):
-            return open(path, "rb")
+            return open(path, "rb", opener=_open_regular)
 
     def download(self, name: str, file: BinaryIO) -> None:
         """See ``Folder``."""
@@ -160,20 +172,35 @@ class LocalFolder:
 
     def folders(self) -> Sequence[str]:
         """See ``Folder``."""
-        with storage_errors("list", self._path), suppress(FileNotFoundError), os.scandir(self._path) as entries:
+        nothing = suppress(FileNotFoundError, NotADirectoryError)
+        with storage_errors("list", self._path), nothing, os.scandir(self._path) as entries:
             return sorted(entry.name for entry in entries if entry.is_dir())
         return []
 
     def walk(self) -> Sequence[str]:
-        """See ``Folder``. Follows symbolic links."""
-        with storage_errors("list", self._path), suppress(FileNotFoundError):
-            found = os.walk(self._path, followlinks=True, onerror=_raise)
-            return sorted(
-                (Path(directory).relative_to(self._path) / name).as_posix()
-                for directory, _, names in found
-                for name in names
-            )
+        """See ``Folder``. Follows symbolic links.
+
+        Below each folder directly in here a directory is entered once, by its own name rather than by a link: links to
+        a parent end, and many links to each other take no more time than there are directories.
+        """
+        with storage_errors("list", self._path), suppress(FileNotFoundError, NotADirectoryError):
+            here = _identity(self._path)
+            names: list[str] = []
+            for name, kind in _entries(self._path):
+                names += [name] if kind is None else _files_below(self._path, name, here)
+            return sorted(names)
         return []
+
+    def versions(self, names: Sequence[str]) -> Sequence[str]:
+        """See ``Folder``."""
+
+        def version(name: str) -> str:
+            with storage_errors("read", self._path / name):
+                status = os.stat(self._path / name)
+            return f"{status.st_size} {status.st_mtime_ns}"
+
+        with ThreadPoolExecutor(STAT_THREADS, thread_name_prefix="stat") as threads:
+            return list(threads.map(version, names))
 
     def write(self, name: str, content: bytes | memoryview) -> None:
         """See ``Folder``."""
@@ -223,5 +250,54 @@ def _linked(source: Path, target: Path) -> bool:
     return True
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _open_regular(path: str, flags: int) -> int:
+    """Open a file, and nothing else: a pipe would wait for its writer, and a device such as /dev/zero has no end."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        reason = os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "it is a pipe or a device, and no file"
+        raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, reason)
+    return descriptor
+
+
+_Kind = Literal["own", "link"] | None
+"""Of an entry: a directory of its own, a link to one, or neither."""
+
+
+def _files_below(root: Path, top: str, here: tuple[int, int]) -> list[str]:
+    """The files below ``top``, a directory in ``root``, by their names from there."""
+    found: list[str] = []
+    entered = {here}
+    own, links = deque([top]), deque[str]()
+    while own or links:
+        directory = (own or links).popleft()
+        with suppress(FileNotFoundError):  # somebody removed it meanwhile
+            identity = _identity(root / directory)
+            if identity in entered:
+                continue
+            entered.add(identity)
+            for name, kind in _entries(root / directory):
+                {"own": own, "link": links, None: found}[kind].append(f"{directory}/{name}")
+    return found
+
+
+def _entries(directory: Path) -> list[tuple[str, _Kind]]:
+    """Name and kind of each entry."""
+    with os.scandir(directory) as entries:
+        return sorted(((entry.name, _kind(entry)) for entry in entries), key=lambda found: found[0])
+
+
+def _kind(entry: os.DirEntry[str]) -> _Kind:
+    try:
+        if entry.is_dir():
+            return "link" if entry.is_symlink() else "own"
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # a link to itself is no directory
+            raise
+    return None
+
+
+def _identity(directory: Path) -> tuple[int, int]:
+    status = os.stat(directory)
+    return status.st_dev, status.st_ino

@@ -12,11 +12,12 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, BinaryIO, TypeVar
 
 from eqm_dist.errors import DataError, StorageError
-from eqm_dist.storage.folder import CHUNK_BYTES, Folder
+from eqm_dist.storage.folder import CHUNK_BYTES, STAT_THREADS, Folder
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 8.0
@@ -77,7 +78,12 @@ class S3Folder:
         def receive() -> None:
             nonlocal at
             wanted = {"Range": f"bytes={at}-{'' if stop is None else stop - 1}"} if at or stop is not None else {}
-            answer = self._client.get_object(**self._key(name), **wanted)
+            try:
+                answer = self._client.get_object(**self._key(name), **wanted)
+            except self._client.exceptions.ClientError as error:
+                if _status(error) == 416:  # there is nothing from ``at`` on
+                    return
+                raise
             for chunk in answer["Body"].iter_chunks(CHUNK_BYTES):
                 file.write(chunk)
                 at += len(chunk)
@@ -124,6 +130,22 @@ class S3Folder:
             if not page.get("IsTruncated"):
                 return
             query["ContinuationToken"] = page["NextContinuationToken"]
+
+    def versions(self, names: Sequence[str]) -> Sequence[str]:
+        """See ``Folder``. One request for each of a few files, one listing of all that lies in here for many."""
+        if len(names) <= LIST_PAGE:
+            with ThreadPoolExecutor(STAT_THREADS, thread_name_prefix="head") as threads:
+                return list(threads.map(self._version, names))
+        entries = (entry for page in self._pages() for entry in page.get("Contents", []))
+        found = {entry["Key"].removeprefix(self._prefix): f"{entry['Size']} {entry['ETag']}" for entry in entries}
+        missing = next((name for name in names if name not in found), None)
+        if missing is not None:
+            self._version(missing)
+        return [found[name] for name in names]
+
+    def _version(self, name: str) -> str:
+        head = self._retry("read", name, lambda: self._client.head_object(**self._key(name)))
+        return f"{head['ContentLength']} {head['ETag']}"
 
     def write(self, name: str, content: bytes | memoryview) -> None:
         """See ``Folder``."""

@@ -3,7 +3,7 @@
 from eqm_dist.data.sources.digits import Digits
 from eqm_dist.data.sources.folder import ImageFolder
 from eqm_dist.data.sources.idx import IdxImages
-from eqm_dist.data.sources.image import ImageSource, LabelledImage, RawImage, RawSource, SkippedImage
+from eqm_dist.data.sources.image import ImageSource, LabelledImage, RawImage, RawSource, SkippedImage, StoredSource
 from eqm_dist.data.sources.table import ImageTable
 from eqm_dist.data.sources.tars import ImageTars
 
@@ -18,4 +18,5 @@ __all__ = [
     "RawImage",
     "RawSource",
     "SkippedImage",
+    "StoredSource",
 ]

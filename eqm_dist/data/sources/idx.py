@@ -2,16 +2,21 @@
 
 import gzip
 import hashlib
+import math
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 
+from eqm_dist.data.bounds import MAX_IDX_BYTES
+from eqm_dist.data.npy import read_up_to
 from eqm_dist.data.sources.image import RawImage
 from eqm_dist.errors import DataError
+from eqm_dist.storage.files import storage_errors
 from eqm_dist.storage.folder import Folder
 from eqm_dist.storage.location import DEADLINE_S
 from eqm_dist.storage.open import open_folder
@@ -57,6 +62,10 @@ class IdxImages:
         for number in range(start, stop):
             yield RawImage(f"{number:08d}", f"{self._images}: {number}", images[number], int(labels[number]))
 
+    def versions(self) -> Sequence[str]:
+        """See ``RawSource``; the name of the source has the sha256 of its pixels already."""
+        return self._folder.versions([self._images, self._labels])
+
     def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """Images [N, H, W] and classes [N], uint8: read once in each process that needs them."""
         return _load(self._folder, self._images, 3), _load(self._folder, self._labels, 1)
@@ -71,13 +80,17 @@ class IdxImages:
 @lru_cache(maxsize=4)
 def _load(folder: Folder, name: str, dimensions: int) -> np.ndarray:
     """An IDX file of unsigned bytes: magic 0 0 8 D, D sizes as big-endian uint32, the bytes."""
-    content = folder.read(name)
     try:
-        if name.endswith(".gz"):
-            content = gzip.decompress(content)
-        if content[:4] != bytes([0, 0, 8, dimensions]):
-            raise ValueError(f"it begins with {content[:4].hex(' ')} instead of 00 00 08 {dimensions:02x}")
-        shape = struct.unpack(f">{dimensions}I", content[4 : 4 + 4 * dimensions])
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+        with folder.open(name) as opened, storage_errors("read", f"{folder.url}/{name}"):
+            file = cast("BinaryIO", gzip.GzipFile(fileobj=opened)) if name.endswith(".gz") else opened
+            header = file.read(4 + 4 * dimensions)
+            if header[:4] != bytes([0, 0, 8, dimensions]):
+                raise ValueError(f"it begins with {header[:4].hex(' ')} instead of 00 00 08 {dimensions:02x}")
+            shape = struct.unpack_from(f">{dimensions}I", header, 4)
+            size = math.prod(shape)
+            if size > MAX_IDX_BYTES:
+                raise ValueError(f"it has {size:,} bytes by its header, more than {MAX_IDX_BYTES:,}")
+            content = read_up_to(file, size + 1)  # a byte more, which must not be there
+        return np.frombuffer(content, np.uint8).reshape(shape)
     except (ValueError, struct.error, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{folder.url}/{name} must be a whole IDX file of bytes ({error}); replace it.") from error
