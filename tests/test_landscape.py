@@ -146,8 +146,8 @@ def test_the_command_writes_both_pictures_and_tells_how_far_samples_are(tmp_path
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--steps", "0"], "--steps must be at least 1, got 0; leave it out for 2000."),
-        (["--seed", "-1"], "--seed must not be negative, got -1."),
+        (["--steps", "0"], "Argument --steps: must be a whole number of at least 1, got 0; see --help."),
+        (["--seed", "-1"], "Argument --seed: must be a whole number from 0 to 2**63 - 1, got -1; see --help."),
         (["--data", "spiral"], "invalid choice: 'spiral'"),
     ],
 )

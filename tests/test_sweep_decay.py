@@ -145,7 +145,7 @@ def test_a_run_that_ends_while_it_is_reported_reports_its_last_step(
             file.write(json.dumps({"step": step, SCORE: fid}) + "\n")
 
     def train(_: object) -> None:
-        metrics.parent.mkdir()
+        metrics.parent.mkdir(exist_ok=True)
         evaluated(2, 3.0)
         assert heard.wait(60)
         evaluated(4, 1.0)

@@ -37,7 +37,7 @@ from eqm_dist.storage.open import open_folder
 
 ADM_IMAGES = "arr_0"
 """The array of images in an ADM .npz."""
-CHANNELS = (1, 3, 4)
+CHANNELS = (1, 3)
 HASH_BYTES = 1 << 24
 MAX_SETTINGS_BYTES = 1 << 20
 ARCHIVE_ERRORS = (
@@ -334,7 +334,7 @@ def _header(file: IO[bytes], path: Path) -> tuple[int, ...]:
     count, height, width, channels = shape
     if channels not in CHANNELS:
         axes = "transpose it with images.transpose(0, 2, 3, 1)" if height in CHANNELS else "convert it"
-        raise DataError(f"{rule}, of which C is 1, 3 or 4; {axes}.")
+        raise DataError(f"{rule}, of which C is 1 or 3; {axes}.")
     if not (count and height and width) or height * width > MAX_SIDE**2:
         raise DataError(f"{rule}, with images of 1 to {MAX_SIDE**2:,} pixels; convert it.")
     return shape

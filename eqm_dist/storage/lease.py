@@ -85,7 +85,7 @@ def hold(directory: Path, what: str, remedy: str) -> Iterator[None]:
         StorageError: the directory cannot be written.
     """
     with storage_errors("create", directory):
-        made = not directory.exists()
+        made = [path for path in (directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
     file = directory / LEASE_FILE
     own = Holder(
@@ -108,8 +108,8 @@ def hold(directory: Path, what: str, remedy: str) -> Iterator[None]:
         with suppress(OSError):
             if _holder(file) == own:
                 file.unlink()
-            if made:  # and nothing came of it
-                directory.rmdir()
+            for path in made:  # and nothing came of it
+                path.rmdir()
 
 
 def _take(file: Path, own: Holder, what: str, remedy: str) -> None:

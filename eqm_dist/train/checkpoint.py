@@ -336,7 +336,8 @@ def _check_files(path: Path, marker: Mapping[str, Any]) -> None:
     """Every file that makes a checkpoint whole is listed and there, and has its size."""
     files = marker["files"]
     states = {name for name in files if name not in (EMA_FILE, CONFIG_FILE)}
-    expected = {f"state-{at:04d}-of-{len(states):04d}.safetensors" for at in range(max(1, len(states)))}
+    writers = max(1, len(states))
+    expected = {f"state-{at:04d}-of-{writers:04d}.safetensors" for at in range(writers)}
     for name in sorted({EMA_FILE, CONFIG_FILE} | expected | states):
         if name not in files or (name in states and name not in expected):
             raise DamagedCheckpointError(
