@@ -11,9 +11,16 @@ import threading
 import time
 from pathlib import Path
 
+from eqm_dist.redaction import redacted
 from eqm_dist.run_directory import LOGS
 
-_FORMAT = logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S")
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))  # what another library says may hold the URL of an endpoint
+
+
+_FORMAT = _Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
 
 def log_file(run_directory: Path, rank: int) -> Path:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 
 from eqm_dist.commands.evaluate import main
 from eqm_dist.commands.sample import main as sample
-from eqm_dist.errors import ConfigError, DataError
+from eqm_dist.errors import ConfigError, DataError, StorageError
 from eqm_dist.evaluate.features import load_digit_classifier
 from eqm_dist.evaluate.metrics import FeatureMoments, frechet_distance
 from eqm_dist.evaluate.statistics import compute, image_statistics, parts_of
@@ -250,6 +251,104 @@ def test_bad_input_is_one_sentence(root: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.chdir(root)
     with pytest.raises((ConfigError, DataError), match=reason):
         evaluate(root, *arguments.split())
+
+
+NAN = """
+
+class Nan(Pixels):
+    def forward(self, images):
+        return super().forward(images) * float("nan")
+
+class Half(Pixels):
+    def forward(self, images):
+        return images.flatten(1).half() * 1000
+"""
+
+
+@pytest.mark.parametrize("name", ["Nan", "Half"])
+def test_features_that_are_no_numbers_make_a_sentence_and_no_record(root: Path, name: str) -> None:
+    (root / "nan_extractor.py").write_text(OWN + NAN)
+    blots = str(root / "data" / "blots")
+    flags = ["--images", blots, "--reference", blots, "--extractor", f"nan_extractor:{name}"]
+    with pytest.raises(DataError, match=rf"must give finite numbers, and .*{name}.* gave features that are infinite"):
+        evaluate(root, *flags, out="nan.jsonl")
+    assert not (root / "nan.jsonl").exists()
+
+
+OWN_IMAGES = ["--images", "digits.npz", "--reference", "digits.npz", "--extractor", "digits", "--launcher", "local"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--out", "/proc/nowhere/x.jsonl", "--cache", "none"], "Cannot append to /proc/nowhere/x.jsonl"),
+        (["--out", "data", "--cache", "none"], "Cannot append to data: Is a directory"),
+        (["--cache", "digits.npz/below"], "Cannot write to .*digits.npz/below"),
+        (["--save-reference", "/proc/x.safetensors", "--cache", "none"], "Cannot write to /proc"),
+        (["--metrics", "is,kid", "--cache", "none"], "kid needs at least 1000 images in digits.npz, got 30"),
+    ],
+)
+def test_what_cannot_be_kept_or_measured_is_said_before_the_work(
+    root: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], sentence: str
+) -> None:
+    monkeypatch.chdir(root)
+    monkeypatch.setattr("eqm_dist.launch.evaluation.run_units", lambda *_: pytest.fail("the work had begun"))
+    with pytest.raises((StorageError, DataError), match=sentence):
+        main([*OWN_IMAGES, *flags])
+
+
+def test_figures_are_printed_whatever_becomes_of_their_record(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(root)
+    with pytest.raises(StorageError, match="Cannot append to /dev/full: No space left"):
+        main([*OWN_IMAGES, "--cache", "none", "--out", "/dev/full"])
+    assert "  fid " in capsys.readouterr().out
+
+
+def test_statistics_of_inception_are_refused_for_another_extractor(root: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    np.savez(tmp_path / "text.npz", mu=np.array(["a"] * 16), sigma=np.zeros((16, 16)))
+    np.savez(tmp_path / "nan.npz", mu=np.zeros(16), sigma=np.full((16, 16), np.nan))
+    flags = ["--images", str(root / "digits.npz"), "--extractor", "digits", "--reference"]
+    with pytest.raises(DataError, match=r"holds statistics of Inception alone, and the extractor is classifier"):
+        evaluate(root, *flags, str(tmp_path / "stats.npz"))
+    own = ["--images", str(root / "data" / "blots"), "--extractor", "command_extractor:AdmPixels", "--reference"]
+    for name, reason in (("text", "mean and covariance are <U1"), ("nan", "not finite")):
+        with pytest.raises(DataError, match=reason):
+            evaluate(root, *own, str(tmp_path / f"{name}.npz"))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"evaluation.samples": 1}, "fid needs at least 2 generated images, got 1; raise evaluation.samples."),
+        (
+            {"evaluation.metrics": ["fid", "kid"], "evaluation.samples": 999},
+            "kid needs at least 1000 generated images, got 999; raise evaluation.samples, or leave kid out of",
+        ),
+        (
+            {"evaluation.metrics": ["fid", "kid"], "evaluation.samples": 1000},
+            "kid needs at least 1000 real images, got 48; train on more than ",
+        ),
+        ({"evaluation.metrics": ["fid", "is"], "evaluation.extractor": "few_extractor:Plain"}, "need logits of the"),
+        ({"evaluation.extractor": "few_extractor:Wrong"}, r"must give features of shape \[1, 16\] for 1 images"),
+        ({"evaluation.extractor": "nan_extractor:Nan"}, "must give finite numbers"),
+    ],
+)
+def test_training_counts_its_images_at_the_start(root: Path, tmp_path: Path, options: Any, sentence: str) -> None:
+    (root / "nan_extractor.py").write_text(OWN + NAN)
+    (root / "few_extractor.py").write_text(
+        OWN
+        + "\nclass Wrong(Pixels):\n    def forward(self, images):\n        return images.flatten(1)[:, :3].double()\n"
+        "class Plain(Pixels):\n    logits = None\n"
+    )
+    extractor = {"evaluation.extractor": "command_extractor:Pixels", "evaluation.every": 2}
+    values = tiny.overrides(tmp_path, root / "data" / "blots", **extractor) | options
+    ended = tiny.train(*tiny.flags(values))
+    assert ended.code == 2, ended.out
+    assert re.search(sentence, ended.err), ended.err
+    assert not (tmp_path / "tiny" / "checkpoints").exists()
 
 
 def test_the_command_leaves_with_its_exit_codes(root: Path) -> None:

@@ -21,9 +21,11 @@ import eqm_dist
 from eqm_dist.commands.export import main as export
 from eqm_dist.config import Config
 from eqm_dist.errors import CheckpointError, ConfigError, DataError, EqmDistError
+from eqm_dist.models.autoencoder import load_autoencoder
 from eqm_dist.options import options, parse
 from eqm_dist.pretrained import Pretrained
 from tests import commands, tiny
+from tests.vae import save_tiny_vae
 
 PAYLOAD = "import pathlib, torch\npathlib.Path('PWNED').touch()\ndef make():\n    return torch.nn.Identity()\n"
 
@@ -392,6 +394,21 @@ def test_a_safetensors_file_with_block_200000_is_refused(trained: Path, tmp_path
     save_file(official(trained) | {"blocks.200000.x": torch.zeros(1)}, tmp_path / "gift.safetensors")
     with pytest.raises(CheckpointError, match=r"2 blocks have numbers up to 200,000"):
         eqm_dist.load(tmp_path / "gift.safetensors", overrides={"model.num_heads": 2})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"block_out_channels": [2**24] * 3}, {"block_out_channels": [8, 8, 4096]}, {"layers_per_block": 10**6},
+     {"latent_channels": 10**9}, {"block_out_channels": [8] * 1000}, {"norm_num_groups": 0}, {"act_fn": "nowhere"}],
+    ids=str,
+)  # fmt: skip
+def test_an_autoencoder_is_no_larger_than_its_weights(config: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_tiny_vae(tmp_path / "vae")
+    edit_json(folder / "config.json", **config)
+    began = time.monotonic()
+    with pytest.raises(DataError, match="must hold a diffusers AutoencoderKL"):
+        load_autoencoder(str(folder))
+    assert time.monotonic() - began < 20
 
 
 def test_an_autoencoder_of_other_channels_is_refused_before_anything_is_drawn(trained: Path) -> None:

@@ -1,5 +1,6 @@
 """Secrets in URLs: refused where they are given, blotted out where they are shown."""
 
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import yaml
 from eqm_dist import cli
 from eqm_dist.config import Config
 from eqm_dist.errors import ConfigError, StorageError
+from eqm_dist.logs import setup_logging
 from eqm_dist.options import options, with_overrides
 from eqm_dist.presets import digits
 from eqm_dist.redaction import holds_secret, redacted
@@ -69,6 +71,17 @@ def test_every_flag_of_every_command_refuses_them(name: str, parser: Any) -> Non
     for line in commands.with_text(parser, "caf\udce9"):
         with pytest.raises(ConfigError, match=r"must be text in UTF-8, got caf\\xe9; rename"):
             parser.parse_args(line)
+
+
+def test_the_log_shows_none(tmp_path: Path) -> None:
+    package = logging.getLogger("eqm_dist")
+    before = package.handlers, package.level, package.propagate
+    package.handlers = []
+    setup_logging(tmp_path / "log", console=False)
+    logging.getLogger("eqm_dist.x").warning("copying failed: %s", OSError(f'no endpoint "{SECRETS[1]}"'))
+    package.handlers[0].close()
+    package.handlers, package.level, package.propagate = before
+    assert "T0" not in (tmp_path / "log").read_text()
 
 
 def test_even_a_fault_of_ours_shows_none(capsys: pytest.CaptureFixture[str]) -> None:

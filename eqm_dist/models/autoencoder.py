@@ -200,9 +200,7 @@ def _read_vae(folder: Path) -> Any:
         return AutoencoderKL.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
         )
-    except (
-        Exception
-    ) as error:  # whatever a config of somebody else's makes diffusers raise, it is the folder that is bad
+    except Exception as error:  # whatever a folder of somebody's makes diffusers raise, it is the folder that is bad
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(f"{folder} must hold a diffusers AutoencoderKL ({reason}); correct --autoencoder.") from error
 
