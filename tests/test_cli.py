@@ -140,7 +140,10 @@ def test_a_wrong_flag_is_one_sentence(arguments: list[str], sentence: str) -> No
     ("arguments", "sentence"),
     [
         (["--out", "x", "--step", "5"], "--step is not an option (command line); did you mean --steps?"),
-        (["--out", "x", "--steps", "few"], "Argument --steps: invalid int value: 'few'; see --help."),
+        (
+            ["--out", "x", "--steps", "few"],
+            "Argument --steps: must be a whole number of at least 1, got few; see --help.",
+        ),
         ([], "The following arguments are required: --out; see --help."),
     ],
 )
