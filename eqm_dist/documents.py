@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 MOST_BYTES = 64 << 20
 """Of a JSON file: the marker of a checkpoint of thousands of files, or the names of all classes, has less."""
 MOST_YAML_BYTES = 1 << 20
@@ -73,6 +71,8 @@ def from_yaml(content: bytes | str) -> Any:
     Raises:
         ValueError: it is no YAML in UTF-8, too large, nested too deeply, or its aliases stand for too much.
     """
+    import yaml  # here, for the models and the numerics work without it
+
     if len(content) > MOST_YAML_BYTES:
         raise ValueError(f"it has more than {MOST_YAML_BYTES:,} bytes")
     try:
@@ -103,7 +103,7 @@ def _count(node: Any, known: dict[int, int], depth: int) -> int:
             raise ValueError("an alias in it stands for what holds the alias")
         return known[id(node)]
     known[id(node)] = 0
-    inner = node.value if isinstance(node, yaml.CollectionNode) else []
+    inner = node.value if isinstance(node.value, list) else []  # of a scalar it is a text
     parts = [part for pair in inner for part in (pair if isinstance(pair, tuple) else (pair,))]  # pyright: ignore
     count = 1 + sum(_count(part, known, depth + 1) for part in parts)
     if count > MOST_VALUES:

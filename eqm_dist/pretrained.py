@@ -270,7 +270,7 @@ class Pretrained:
                 " read; name the autoencoder with autoencoder (--autoencoder)."
             )
         found = load_autoencoder(self.autoencoder_location, self.autoencoder_id)
-        channels, known = self.config.data.latent_shape[0], found.latent_channels
+        channels, known = self.config.data.latent_shape[0], getattr(found, "latent_channels", None)
         if known not in (None, channels):
             raise DataError(
                 f"The autoencoder {found.id} has latents of {known} channels, and the model in {self.source} makes"

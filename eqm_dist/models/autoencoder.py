@@ -42,8 +42,6 @@ class Autoencoder(Protocol):
     """Where the weights are, as ``load_autoencoder`` takes it; None where there are none."""
     latent_scale: float
     latent_shift: float
-    latent_channels: int | None
-    """C' of its latents; None where it is that of the images."""
 
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, H, W, C], uint8 -> moments [B, 2C', h, w], float32: means, then log-variances."""
@@ -61,7 +59,6 @@ class IdentityAutoencoder:
     location: str | None = None
     latent_scale = 1.0
     latent_shift = 0.0
-    latent_channels: int | None = None
 
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, H, W, C], uint8 -> moments [B, 2C, H, W], float32."""
@@ -89,7 +86,7 @@ class KLAutoencoder:
         self._vae = vae.eval().requires_grad_(False)
         self.id = id
         self.location: str | None = location
-        self.latent_channels: int | None = int(vae.config.latent_channels)
+        self.latent_channels = int(vae.config.latent_channels)
         self.latent_scale = float(vae.config.scaling_factor)
         self.latent_shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
 

@@ -244,6 +244,7 @@ def parse_marker(content: bytes, path: str | Path) -> dict[str, Any]:
                 f"{path}/{MARKER} holds a state that this release does not know ({', '.join(sorted(unknown))}); use the"
                 " matching release."
             )
+        _check_listing(path, marker["files"])
         for name, value in marker["state"].items():
             if type(value) not in (int, float) or not math.isfinite(value):
                 raise TypeError(f"{name} {value!r}")
@@ -332,18 +333,26 @@ def contents_of(path: Path, marker: Mapping[str, Any]) -> Contents:
     return found
 
 
-def _check_files(path: Path, marker: Mapping[str, Any]) -> None:
-    """Every file that makes a checkpoint whole is listed and there, and has its size."""
-    files = marker["files"]
+def _check_listing(path: str | Path, files: Collection[str]) -> None:
+    """A marker lists every file that makes a checkpoint whole, and no other.
+
+    Raises:
+        DamagedCheckpointError: it does not.
+    """
     states = {name for name in files if name not in (EMA_FILE, CONFIG_FILE)}
     writers = max(1, len(states))
-    expected = {f"state-{at:04d}-of-{writers:04d}.safetensors" for at in range(writers)}
-    for name in sorted({EMA_FILE, CONFIG_FILE} | expected | states):
-        if name not in files or (name in states and name not in expected):
-            raise DamagedCheckpointError(
-                f"A checkpoint must have {EMA_FILE}, {CONFIG_FILE} and the states of all its writers, but the {MARKER}"
-                f" of {path} {'lists' if name in files else 'does not list'} {name}; use another one."
-            )
+    expected = {EMA_FILE, CONFIG_FILE, *(f"state-{at:04d}-of-{writers:04d}.safetensors" for at in range(writers))}
+    for name in sorted(expected ^ set(files)):
+        raise DamagedCheckpointError(
+            f"A checkpoint must have {EMA_FILE}, {CONFIG_FILE} and the states of all its writers, but the {MARKER} of"
+            f" {path} {'lists' if name in files else 'does not list'} {name}; use another one."
+        )
+
+
+def _check_files(path: Path, marker: Mapping[str, Any]) -> None:
+    """Every file that makes a checkpoint whole is there, and has its size."""
+    files = marker["files"]
+    for name in sorted(files):
         try:
             size = (path / name).stat().st_size
         except OSError as error:
