@@ -583,7 +583,11 @@ def test_names_that_are_no_text_are_refused_before_the_tars_are_read(tmp_path: P
     (tmp_path / os.fsdecode(b"caf\xe9.tar")).write_bytes(b"")
     with pytest.raises(DataError, match=r"holds 'caf\\\\xe9\.tar'; rename it"):
         index(tmp_path)
-    directory = tmp_path / os.fsdecode(b"d\xe9")
+    named = tmp_path / os.fsdecode(b"d\xe9")
+    named.mkdir()
+    with pytest.raises(DataError, match=r"must be text in UTF-8, received .*d\\xe9; rename"):
+        index(named)
+    directory = tmp_path / "d"
     directory.mkdir()
     write_tar(directory / "a.tar", [("a.moments.npy", npy(ARRAY)), ("a.cls", b"1")])
     with pytest.raises(DataError, match="Classes must be 1 to 1,000,000"):
