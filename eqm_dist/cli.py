@@ -260,6 +260,19 @@ def config_from(arguments: argparse.Namespace) -> Config:
     return layered(Config, (given(PRESETS[preset]()), f"preset {preset}"), *file, flags)
 
 
+def model_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``add_model_flags`` says of a model beside which one it is, as ``load`` takes it.
+
+    Raises:
+        ConfigError: the file of ``--config`` has no sampler.
+    """
+    return {
+        "autoencoder": arguments.autoencoder,
+        "overrides": model_overrides(arguments),
+        "root": root_from(arguments),
+    }
+
+
 def model_overrides(arguments: argparse.Namespace) -> list[Layer]:
     """The config keys that change a trained model, by layers: the sampler of ``--config``, then the flags.
 

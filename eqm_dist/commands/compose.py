@@ -56,12 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     from eqm_dist.storage.files import atomic_write, make_writable, storage_errors
     from eqm_dist.tasks.compose import composed, share_of_both
 
-    model = load(
-        options.model,
-        autoencoder=options.autoencoder,
-        overrides=cli.model_overrides(options),
-        root=cli.root_from(options),
-    )
+    model = load(options.model, **cli.model_arguments(options))
     _check_labels(labels, model.config.data.num_classes)
     model.require_pictures()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

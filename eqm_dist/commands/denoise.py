@@ -54,12 +54,7 @@ def main(arguments: Sequence[str]) -> None:
     from eqm_dist.storage.files import atomic_write, make_writable, storage_errors
     from eqm_dist.tasks.denoise import restoration_figure, restoration_grid, restore
 
-    model = load(
-        options.model,
-        autoencoder=options.autoencoder,
-        overrides=cli.model_overrides(options),
-        root=cli.root_from(options),
-    )
+    model = load(options.model, **cli.model_arguments(options))
     model.require_pictures()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     extractor = load_extractor(*model.extractor("--evaluation.extractor")).to(device)

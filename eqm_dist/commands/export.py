@@ -33,12 +33,7 @@ def main(arguments: Sequence[str]) -> None:
     from eqm_dist.export import export
     from eqm_dist.pretrained import load
 
-    model = load(
-        options.model,
-        autoencoder=options.autoencoder,
-        overrides=cli.model_overrides(options),
-        root=cli.root_from(options),
-    )
+    model = load(options.model, **cli.model_arguments(options))
     out = export(model, Path(options.out or f"exports/{model.name}"), license=options.license)
     print(f"{out} is complete. Draw from it with:\n\n  import eqm_dist\n\n  model = eqm_dist.load({str(out)!r})\n"
           "  images = model.sample(labels=[0, 1, 2])  # [3, H, W, C] uint8")  # fmt: skip

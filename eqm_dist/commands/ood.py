@@ -61,12 +61,7 @@ def main(arguments: Sequence[str]) -> None:
     from eqm_dist.storage.files import atomic_write, make_writable, storage_errors
     from eqm_dist.tasks.ood import detect, detection_figure, field_norm, made_up_sets
 
-    model = load(
-        options.model,
-        autoencoder=options.autoencoder,
-        overrides=cli.model_overrides(options),
-        root=cli.root_from(options),
-    )
+    model = load(options.model, **cli.model_arguments(options))
     objective, classes = model.config.objective, model.config.data.num_classes
     if objective.kind == "flow_matching":
         raise ConfigError("Detection needs a field that is blind to time, which objective.kind=flow_matching is not.")

@@ -48,12 +48,7 @@ def main(arguments: Sequence[str]) -> None:
     from eqm_dist.launch.sampling import draw
     from eqm_dist.pretrained import load
 
-    model = load(
-        options.model,
-        autoencoder=options.autoencoder,
-        overrides=cli.model_overrides(options),
-        root=cli.root_from(options),
-    )
+    model = load(options.model, **cli.model_arguments(options))
     out = Path(options.out or f"samples/{model.name}")
     kept = ("samples", "labels", "seed", "batch", "format", "launcher", "actors")
     print(draw(model, out, **{name: getattr(options, name) for name in kept}))

@@ -98,12 +98,7 @@ def main(arguments: Sequence[str]) -> None:
     from eqm_dist.sweeps.stepsize.sweep import sweep
 
     space, track = read_space(options.space, AXES), cli.track_from(options)
-    model = load(
-        options.model,
-        autoencoder=options.autoencoder,
-        overrides=cli.model_overrides(options),
-        root=cli.root_from(options),
-    )
+    model = load(options.model, **cli.model_arguments(options))
     extractor, weights = model.extractor("--evaluation.extractor")
     judge = Judge(
         extractor=extractor,

@@ -7,7 +7,7 @@ import secrets
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -57,12 +57,20 @@ def cluster() -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS", "") or services.find_bootstrap_address(None) or "local"
-    with _local_cluster() if address == "local" else _joined_cluster(address):
-        yield
+    local = address == "local"
+    with _private_directory() if local else nullcontext("") as private:
+        try:
+            _start(private) if local else _join(address)
+            yield
+        finally:
+            ray.shutdown()
 
 
-@contextmanager
-def _joined_cluster(address: str) -> Iterator[None]:
+def _private_directory() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="eqm-dist-ray-", ignore_cleanup_errors=True)  # of mode 0700
+
+
+def _join(address: str) -> None:
     parts = re.fullmatch(r"(ray://)?(?P<host>[^:/\s]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})", address)
     if parts is None and address != "auto":
         raise LaunchError(
@@ -78,38 +86,27 @@ def _joined_cluster(address: str) -> Iterator[None]:
             f"RAY_ADDRESS must name a Ray cluster that answers, got {address} ({_first_line(error)});"
             " start it with `ray start --head`, or unset RAY_ADDRESS to use this machine."
         ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
-@contextmanager
-def _local_cluster() -> Iterator[None]:
+def _start(private: str) -> None:
     _keep_token_private()
-    with tempfile.TemporaryDirectory(prefix="eqm-dist-ray-", ignore_cleanup_errors=True) as private:  # mode 0700
-        try:
-            # Ray opens its own directory to everybody, so that is one within. Nobody looks at the dashboard of a
-            # cluster that ends with its command.
-            with _on_loopback():
-                ray.init(
-                    "local",
-                    _temp_dir=str(Path(private) / "ray"),
-                    include_dashboard=False,
-                    _system_config={"enable_metrics_collection": False},
-                    **_QUIET,
-                )
-        # Ray has no class of its own for a start that takes too long.
-        except Exception as error:
-            ray.shutdown()
-            raise LaunchError(
-                f"Ray must start on this machine, but did not ({_first_line(error)}); end what keeps the machine busy"
-                " and run the command again, or use --launch.launcher local where the command has it."
-            ) from error
-        try:
-            yield
-        finally:
-            ray.shutdown()
+    try:
+        # Ray opens its own directory to everybody, so that is one within. Nobody looks at the dashboard of a cluster
+        # that ends with its command.
+        with _on_loopback():
+            ray.init(
+                "local",
+                _temp_dir=str(Path(private) / "ray"),
+                include_dashboard=False,
+                _system_config={"enable_metrics_collection": False},
+                **_QUIET,
+            )
+    # Ray has no class of its own for a start that takes too long.
+    except Exception as error:
+        raise LaunchError(
+            f"Ray must start on this machine, but did not ({_first_line(error)}); end what keeps the machine busy"
+            " and run the command again, or use --launch.launcher local where the command has it."
+        ) from error
 
 
 @contextmanager
