@@ -127,6 +127,24 @@ def test_a_run_shrinks_and_grows_with_its_cluster(tmp_path: Path, nodes: Nodes) 
     assert sorted(point.step for point in points) == list(range(1, STEPS + 1))
 
 
+def test_no_other_node_takes_with_it_what_the_workers_ask_whether_to_stop(nodes: Nodes) -> None:
+    import ray
+
+    from eqm_dist.launch.ray_train import _stop_beside_driver
+
+    nodes.join(), nodes.join(), nodes.join()
+    ray.init(address=nodes.cluster.address)
+    try:
+        here = ray.get_runtime_context().get_node_id()
+        asked = [
+            _stop_beside_driver().__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
+            for _ in range(6)  # which Ray would spread over the nodes
+        ]
+        assert ray.get(asked) == 6 * [here]
+    finally:
+        ray.shutdown()
+
+
 def test_a_worker_that_is_stopped_is_found_and_the_run_goes_on(
     tmp_path: Path, uninterrupted: dict[int, float], local_cluster_env: dict[str, str]
 ) -> None:

@@ -233,6 +233,7 @@ def _summary(outcome: Mapping[str, Any]) -> str:
         f"{found} | next step after {outcome['seconds_to_next_step']} s, longest pause {outcome['longest_pause_s']} s,"
         f" {outcome['restarts']} restarts, {outcome['steps_lost']} steps again, goodput {outcome['goodput']},"
         f" differences {outcome['difference']}"
+        + "".join(f"\n         {line}" for line in outcome["told"] if outcome["problems"])
     )
 
 

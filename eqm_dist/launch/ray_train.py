@@ -21,6 +21,7 @@ import ray.train
 from ray.exceptions import RayActorError
 from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from eqm_dist.build import OpenRun, build_run, plan_batch
 from eqm_dist.errors import EqmDistError
@@ -60,7 +61,7 @@ def train(opened: OpenRun) -> None:
     for workers in offered.sizes:
         plan_batch(opened.config, workers)
     setbacks = Setbacks(opened.checkpoints, required(launch.max_failures))
-    stop = _Stop.remote()
+    stop = _stop_beside_driver()
     with Interrupt() as interrupt, FileFollower(log_file(opened.directory, 0)):
         while (failure := _interruptibly(partial(_fit, opened, offered, setbacks, stop), interrupt, stop)) is not None:
             logger.warning(setbacks.another(failure))
@@ -82,6 +83,12 @@ class _Stop:
 
     def asked(self) -> bool:
         return self._asked
+
+
+def _stop_beside_driver() -> Any:
+    """On the node whose loss ends the run in any case; elsewhere the workers that are left could not ask any more."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return _Stop.options(scheduling_strategy=here).remote()
 
 
 class _AskedToStop:
