@@ -3,6 +3,7 @@
 ``build_run`` is what each worker does; who wants to know what a run is made of reads this file.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ from eqm_dist.track.composite import CompositeTracker
 from eqm_dist.track.jsonl import JsonlTracker, read_metrics
 from eqm_dist.track.mlflow import MlflowRun, MlflowTracker
 from eqm_dist.train.checkpoint import Checkpoints, Rule
+from eqm_dist.train.compiled import compile_blocks, compiled_draw, require_compiler
 from eqm_dist.train.distributed import all_reduce_sum, rank, world_size
 from eqm_dist.train.engine import Engine, TorchEngine
 from eqm_dist.train.evaluations import SCORE, Evaluations
@@ -72,7 +74,9 @@ from eqm_dist.train.mirror import Mirror
 from eqm_dist.train.optimizer import EmaAdamW, ema_key
 from eqm_dist.train.saving import Saver
 from eqm_dist.train.schedule import LearningRateSchedule
-from eqm_dist.train.step import BatchLoss, ModelWithLoss
+from eqm_dist.train.step import BatchLoss, ModelWithLoss, draw_batch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,9 @@ def build_run(
 
     reader, order = build_data(config)
     model = build_model(config).to(device)
+    if compiled := _compiles(config, device):
+        require_compiler(device)
+        compile_blocks(model.blocks)
     loss = BatchLoss(
         loss=_build_loss(config),
         seed=config.run.seed,
@@ -138,6 +145,7 @@ def build_run(
         label_dropout=config.objective.label_dropout,
         null_label=config.data.num_classes,
         flip=config.data.flip,
+        draw=compiled_draw() if compiled else draw_batch,
     )
     engine = _build_engine(config, ModelWithLoss(model, loss), device, micro_batch, grad_accum)
 
@@ -193,6 +201,17 @@ def build_run(
         mirror=mirror,
         state=state,
     )
+
+
+def _compiles(config: Config, device: torch.device) -> bool:
+    """Whether blocks and draws are compiled; the log says what a user could wonder about."""
+    wish, obstacle = config.train.compile, config.stays_eager
+    compiles = wish == "always" or (wish == "auto" and device.type == "cuda" and obstacle is None)
+    if rank() == 0 and compiles:
+        logger.info("compiling the blocks; the first step takes about a minute longer")
+    elif rank() == 0 and wish == "auto" and device.type == "cuda":
+        logger.info("the blocks are not compiled, for this run has %s", obstacle)
+    return compiles
 
 
 def build_data(config: Config) -> tuple[ShardReader | JoinedReader, SampleOrder | MixedOrder]:

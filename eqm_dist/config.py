@@ -295,6 +295,8 @@ class TrainConfig(Section):
     """Most samples of one forward pass per worker; more are accumulated. null: no limit, no accumulation."""
     precision: Annotated[Literal["fp32", "tf32", "bf16"], Axis] = "fp32"
     """Arithmetic of the forward and backward pass; weights and EMAs stay fp32."""
+    compile: Annotated[Literal["auto", "always", "never"], Resumable] = "auto"
+    """Compile the blocks and the draws with torch's Inductor. auto: on a GPU, but for energies and ZeRO stage 3."""
     activation_checkpointing: Annotated[bool, Resumable] = False
     """Compute the blocks' activations again in the backward pass instead of keeping them: a third more arithmetic."""
     log_grad_norms: Annotated[bool, Resumable] = False
@@ -628,6 +630,15 @@ class Config(Section):
                     ["launch.launcher"],
                 )
 
+    @property
+    def stays_eager(self) -> str | None:
+        """What of this run cannot be compiled, and why; None where all can."""
+        if self.objective.energy != "none":
+            return f"objective.energy={self.objective.energy}, which needs the second derivative of eager blocks"
+        if self.engine.zero_stage == 3:
+            return "engine.zero_stage=3, which fetches weights in the middle of what would be one graph"
+        return None
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         _, height, width = self.data.latent_shape
@@ -651,6 +662,8 @@ class Config(Section):
                 f"objective.energy={self.objective.energy} differentiates the model inside its loss, when ZeRO stage 3"
                 " has given the weights away again; use engine.zero_stage 0, 1 or 2"
             )
+        if self.train.compile == "always" and (reason := self.stays_eager):
+            raise ValueError(f"train.compile=always cannot be with {reason}; leave it out")
         if self.objective.energy != "none" and self.train.activation_checkpointing:
             raise ValueError(
                 f"objective.energy={self.objective.energy} differentiates the model inside its loss and needs all"

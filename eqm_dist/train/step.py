@@ -4,8 +4,9 @@ Everything drawn here is a function of (seed, stream, position of the sample in 
 whoever computes it (docs/decisions/0003).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,36 @@ from eqm_dist.models.autoencoder import moments_to_latents
 
 SampleLoss = Callable[..., Tensor]
 """``(model, latents, labels, *, gamma, noise) -> loss [B]``"""
+
+
+class Draws(NamedTuple):
+    """What is random of a batch, before it meets the data."""
+
+    mirrored: Tensor | None
+    """[B] bool; None where nothing is flipped."""
+    posterior: Tensor
+    """[B, *shape], standard normal."""
+    gamma: Tensor
+    """[B] in (0, 1)."""
+    noise: Tensor
+    """[B, *shape], standard normal."""
+    dropped: Tensor
+    """[B] bool: gets the null label."""
+
+
+DrawBatch = Callable[[int, Tensor, Sequence[int], float, bool], Draws]
+"""``(seed, positions, shape, label_dropout, flip) -> draws``"""
+
+
+def draw_batch(seed: int, positions: Tensor, shape: Sequence[int], label_dropout: float, flip: bool) -> Draws:
+    """All draws of the samples at ``positions`` [B], for latents of ``shape``."""
+    return Draws(
+        mirrored=rng.uniform(seed, rng.Stream.FLIP, positions) < 0.5 if flip else None,
+        posterior=rng.normal(seed, rng.Stream.POSTERIOR, positions, shape),
+        gamma=rng.uniform(seed, rng.Stream.GAMMA, positions),
+        noise=rng.normal(seed, rng.Stream.NOISE, positions, shape),
+        dropped=rng.uniform(seed, rng.Stream.LABEL_DROPOUT, positions) < label_dropout,
+    )
 
 
 @dataclass(frozen=True)
@@ -29,6 +60,7 @@ class BatchLoss:
         label_dropout: probability of the null label.
         null_label: the label of "no class", equal to the number of classes.
         flip: draw the mirrored moments half of the time.
+        draw: ``draw_batch``, or the same compiled.
     """
 
     loss: SampleLoss
@@ -38,23 +70,18 @@ class BatchLoss:
     label_dropout: float
     null_label: int
     flip: bool
+    draw: DrawBatch = draw_batch
 
     def __call__(self, model: Callable[..., Tensor], batch: Batch) -> Tensor:
         """Loss of each sample [B]; ``batch.moments`` is [B, V, 2C, H, W] with V = 1, or 2 with the mirror second."""
-        positions = batch.positions
         moments = batch.moments[:, 0]
-        if self.flip:
-            mirrored = rng.uniform(self.seed, rng.Stream.FLIP, positions) < 0.5
-            moments = torch.where(mirrored[:, None, None, None], batch.moments[:, 1], moments)
         channels, height, width = moments.shape[1] // 2, *moments.shape[2:]
-        shape = (channels, height, width)
-        posterior_noise = rng.normal(self.seed, rng.Stream.POSTERIOR, positions, shape)
-        latents = moments_to_latents(moments, posterior_noise, self.latent_scale, self.latent_shift)
-        gamma = rng.uniform(self.seed, rng.Stream.GAMMA, positions)
-        noise = rng.normal(self.seed, rng.Stream.NOISE, positions, shape)
-        dropped = rng.uniform(self.seed, rng.Stream.LABEL_DROPOUT, positions) < self.label_dropout
-        labels = torch.where(dropped, self.null_label, batch.labels)
-        return self.loss(model, latents, labels, gamma=gamma, noise=noise)
+        draws = self.draw(self.seed, batch.positions, (channels, height, width), self.label_dropout, self.flip)
+        if draws.mirrored is not None:
+            moments = torch.where(draws.mirrored[:, None, None, None], batch.moments[:, 1], moments)
+        latents = moments_to_latents(moments, draws.posterior, self.latent_scale, self.latent_shift)
+        labels = torch.where(draws.dropped, self.null_label, batch.labels)
+        return self.loss(model, latents, labels, gamma=draws.gamma, noise=draws.noise)
 
 
 class ModelWithLoss(nn.Module):
