@@ -17,8 +17,10 @@ from eqm_dist.train.step import draw_batch
 from tests.distributed import run_ranks
 from tests.test_engines import assert_same, config, run_engines
 
-# Dynamo looks at the gradients of all tensors, and hides torch's own warning about that from all but -W error.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+# Torch's own: Dynamo looks at the gradients of all tensors, and Inductor imports what torch has deprecated.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning", "ignore:`torch.jit:DeprecationWarning"
+)
 
 MOST_KERNELS_OF_DRAWS = 20
 SHAPE = (4, 8, 8)
