@@ -346,8 +346,8 @@ class EngineConfig(Section, marks=(Resumable,)):
         Literal["deepspeed", "torch"] | None, Only("launch.launcher", ("ray",), "deepspeed", otherwise="torch")
     ] = None
     """DeepSpeed with ZeRO, or its plain-torch twin, which keeps everything on every worker."""
-    zero_stage: Annotated[Annotated[int, Field(ge=0, le=3)] | None, Only("kind", ("deepspeed",), 2)] = None
-    """ZeRO stage of DeepSpeed."""
+    zero_stage: Annotated[Annotated[int, Field(ge=0, le=3)] | None, Only("kind", ("deepspeed",), 1)] = None
+    """ZeRO stage of DeepSpeed. 1 sends the gradients once a step; 2 and 3 once a micro-batch, and hold less."""
     offload: Annotated[Literal["none", "cpu"], Only("kind", ("deepspeed",), "none", otherwise="none")] = "none"
     """cpu: keep fp32 weights, moments and EMAs in host memory, and update them there; needs ZeRO 1 to 3."""
     deepspeed: Annotated[dict[str, Any], Only("kind", ("deepspeed",), make(dict), otherwise=make(dict))] = Field(
@@ -650,6 +650,12 @@ class Config(Section):
             raise ValueError(
                 f"objective.energy={self.objective.energy} differentiates the model inside its loss, when ZeRO stage 3"
                 " has given the weights away again; use engine.zero_stage 0, 1 or 2"
+            )
+        sums = "communication_data_type"
+        if sums in self.engine.deepspeed and self.train.precision == "bf16" and self.engine.zero_stage:
+            raise ValueError(
+                f"engine.deepspeed.{sums} has no effect with train.precision=bf16 and ZeRO 1 to 3, where DeepSpeed sums"
+                " in fp32; leave it out, or use engine.zero_stage=0"
             )
         if self.objective.energy != "none" and self.train.activation_checkpointing:
             raise ValueError(
