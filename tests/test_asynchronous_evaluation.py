@@ -220,11 +220,11 @@ def test_the_evaluation_has_its_resources_before_the_workers(
 def test_news_come_once_and_failures_are_tried_again(tmp_path: Path) -> None:
     evaluations = Evaluations(tmp_path, every=10, last=35)
     assert [step for step in range(1, 36) if evaluations.due(step)] == [10, 20, 30, 35]
-    evaluations.write(10, {"eval/fid": 3.0}, [tmp_path / "a.png"], 1.5)
+    evaluations.write(10, {"eval/fid": 3.0}, [tmp_path / "a.png"], 1.5, "fp32")
     evaluations.fail(20, "out of memory")
     assert [record["step"] for record in evaluations.news()] == [10, 20]
     assert list(evaluations.news()) == []
-    evaluations.write(30, {"eval/fid": 2.0}, [], 1.0)
+    evaluations.write(30, {"eval/fid": 2.0}, [], 1.0, "fp32")
     assert [record["step"] for record in evaluations.news()] == [30]
     assert evaluations.best([10, 20, 30], 1) == {30}
     assert evaluations.best([10, 20], 2) == {10}

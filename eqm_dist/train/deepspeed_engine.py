@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from eqm_dist.data.loader import Batch
 from eqm_dist.errors import ConfigError
+from eqm_dist.precision import Precision
 from eqm_dist.train.distributed import rank, world_size
-from eqm_dist.train.engine import WEIGHT, Accepts, Fragment, Observe, Precision
+from eqm_dist.train.engine import WEIGHT, Accepts, Fragment, Observe
 from eqm_dist.train.optimizer import EmaAdamW
 from eqm_dist.train.step import ModelWithLoss
 

@@ -6,17 +6,17 @@ mean over the global batch, so that an engine only ever sums over ranks (docs/de
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from eqm_dist.data.loader import Batch
+from eqm_dist.precision import Precision
 from eqm_dist.train.distributed import all_reduce_sum, from_rank_zero_in_place
 from eqm_dist.train.optimizer import EmaAdamW
 from eqm_dist.train.step import ModelWithLoss
 
-Precision = Literal["fp32", "tf32", "bf16"]
 Accepts = Callable[[float], bool]
 """Says by the norm of the whole gradient whether the update is to be made."""
 Observe = Callable[[str, Tensor], None]
@@ -103,7 +103,9 @@ class TorchEngine:
         self._parameters = module.trained_parameters()
         self.shapes: dict[str, torch.Size] = {name: param.shape for name, param in self._parameters.items()}
         for tensor in (*module.parameters(), *module.buffers()):
-            from_rank_zero_in_place(tensor.detach())  # initial weights may differ in a last bit between kinds of machine
+            from_rank_zero_in_place(
+                tensor.detach()
+            )  # initial weights may differ in a last bit between kinds of machine
         self.frozen = module.frozen_parameters()
         optimizer.initialize_state(self._parameters.values())
 

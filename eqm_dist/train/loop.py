@@ -61,6 +61,11 @@ class Tracker(Protocol):
 class Evaluation(Protocol):
     """Measures EMA weights. A collective: every rank calls it with the same weights."""
 
+    @property
+    def precision(self) -> str:
+        """In which images are drawn."""
+        ...
+
     def __call__(self, weights: Mapping[str, Tensor], step: int) -> tuple[dict[str, float], list[Path]]:
         """Metrics, and the pictures that rank 0 wrote."""
         ...
@@ -286,7 +291,8 @@ def _evaluate(run: Run) -> None:
     started = time.perf_counter()
     metrics, pictures = run.evaluate(run.ema_weights(), run.state.step)
     if run.tracker is not None:
-        run.evaluations.write(run.state.step, metrics, pictures, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        run.evaluations.write(run.state.step, metrics, pictures, seconds, run.evaluate.precision)
         log_evaluations(run.evaluations, run.tracker)
 
 
