@@ -488,8 +488,8 @@ class SamplerConfig(Section, marks=(Resumable, Axis)):
     atol: Annotated[Positive | None, Only("name", ("dopri5",), 1e-6)] = None
     """Absolute tolerance of a step."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
-    """Arithmetic of the model; what the sampler carries on is fp32. auto: bf16 on a GPU, TF32 on one without it, fp32 on
-    a CPU."""
+    """Arithmetic of the model; what the sampler carries on is fp32. auto: bf16 on a GPU, TF32 on one that lacks it, and
+    fp32 on a CPU."""
     cfg_scale: Annotated[float, Field(ge=0)] = 1.0
     """Scale of classifier-free guidance; 1 turns it off."""
     guided_channels: Annotated[

@@ -84,5 +84,5 @@ def with_products(precision: Precision, field: Callable[..., Tensor]) -> Callabl
 
 
 def _switches() -> tuple[Any, ...]:
-    backends = torch.backends
-    return backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn
+    cudnn: Any = torch.backends.cudnn  # its attributes are made at import
+    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn

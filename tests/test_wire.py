@@ -27,8 +27,8 @@ CASES: dict[str, dict[str, Any]] = {
         "train.precision": "bf16",
     },
 }
-# Bytes a parameter in a step, by the micro-batches of one: the fp32 gradient is summed once (4), under ZeRO 2 and 3 once
-# a micro-batch; what was updated in parts is gathered (4).
+# Bytes a parameter in a step, by the micro-batches of one: the fp32 gradient is summed once (4), under ZeRO 2 and 3 for
+# each micro-batch; what was updated in parts is gathered (4).
 PREDICTED = {
     "plain": {1: 4, 2: 4},
     "zero0": {1: 4, 2: 4},

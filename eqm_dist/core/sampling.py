@@ -214,8 +214,15 @@ class _Batch:
     def only(self, mask: Tensor) -> Self:
         """The samples that a mask [b] on the CPU names."""
         index = mask.nonzero().flatten().to(self.x.device)
-        parts = (part[index] for part in (self.x, self.rows, self.nfe, self.over, self.first_norm))
-        return type(self)(*parts, tuple(part[index] for part in self.state), self.age[mask])
+        return type(self)(
+            self.x[index],
+            self.rows[index],
+            self.nfe[index],
+            self.over[index],
+            self.first_norm[index],
+            tuple(part[index] for part in self.state),
+            self.age[mask],
+        )
 
     def with_others(self, other: Self) -> Self:
         """These samples, then the others."""

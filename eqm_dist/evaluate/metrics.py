@@ -45,7 +45,7 @@ class FeatureMoments:
     def of(cls, features: Tensor) -> Self:
         """The moments of features [n, F]."""
         features = features.double()
-        return cls(torch.tensor(float(len(features))).to(features), features.sum(0), features.T @ features)
+        return cls(features.new_full((), len(features)), features.sum(0), features.T @ features)
 
     @classmethod
     def of_gaussian(cls, mean: Tensor, covariance: Tensor, count: int = 2) -> Self:

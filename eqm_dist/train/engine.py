@@ -102,10 +102,9 @@ class TorchEngine:
         self._bf16 = precision == "bf16"
         self._parameters = module.trained_parameters()
         self.shapes: dict[str, torch.Size] = {name: param.shape for name, param in self._parameters.items()}
+        # Initial weights may differ in a last bit between kinds of machine.
         for tensor in (*module.parameters(), *module.buffers()):
-            from_rank_zero_in_place(
-                tensor.detach()
-            )  # initial weights may differ in a last bit between kinds of machine
+            from_rank_zero_in_place(tensor.detach())
         self.frozen = module.frozen_parameters()
         optimizer.initialize_state(self._parameters.values())
 
