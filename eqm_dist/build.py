@@ -4,6 +4,7 @@
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -125,6 +126,9 @@ def build_run(
     """
     config, world = opened.config, world_size()
     set_products(in_effect(config.train.precision, device, "train.precision"))
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    torch.use_deterministic_algorithms(config.train.deterministic)
     grad_accum, micro_batch = plan_batch(config, world)
 
     reader, order = build_data(config)

@@ -295,6 +295,8 @@ class TrainConfig(Section):
     """Most samples of one forward pass per worker; more are accumulated. null: no limit, no accumulation."""
     precision: Annotated[Literal["fp32", "tf32", "bf16"], Axis] = "fp32"
     """Arithmetic of the forward and backward pass; weights and EMAs stay fp32."""
+    deterministic: Annotated[bool, Resumable] = False
+    """On a GPU, take only algorithms that give the same bits at every start; slower, flash attention above all."""
     activation_checkpointing: Annotated[bool, Resumable] = False
     """Compute the blocks' activations again in the backward pass instead of keeping them: a third more arithmetic."""
     log_grad_norms: Annotated[bool, Resumable] = False

@@ -4,8 +4,8 @@ Ray notices a process that dies. One that stands still, stopped by a signal or w
 would hold up the whole run until the collectives' time-out. So each worker tells its watchdog of every step, and the
 watchdog ends a worker that made none for too long: Ray then restarts the run from its last checkpoint.
 
-Where one rank hangs, all stand still. Under gloo those that wait for it are inside a collective. Under NCCL a collective
-returns at once, and they wait wherever they next read a value. So each rank marks where it may wait for others, and
+Where one rank hangs, all stand still. Under gloo those that wait for it are inside a collective. Under NCCL one returns
+at once, and they wait wherever they next read a value. So each rank marks where it may wait for others, and
 watchdogs whose time is up tell each other, beside the log, how far their ranks have come: who is behind hangs.
 
 This file is both sides. The worker's side is ``Watchdog``; the other is the file run as a program. It imports the
