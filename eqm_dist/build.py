@@ -5,6 +5,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -56,6 +57,7 @@ from eqm_dist.models.autoencoder import Autoencoder, IdentityAutoencoder, load_a
 from eqm_dist.models.sit import SiT
 from eqm_dist.models.sizes import forward_macs, training_flops_per_image
 from eqm_dist.options import required, to_yaml
+from eqm_dist.precision import Precision, computed_in, in_effect, set_products, with_products
 from eqm_dist.run_directory import ATTEMPTS_FILE, CHECKPOINTS, EVALUATIONS, METRICS_FILE, SAMPLES
 from eqm_dist.track.attempts import Attempts, CountingTracker
 from eqm_dist.track.composite import CompositeTracker
@@ -127,9 +129,10 @@ def build_run(
         DataError: the shards are damaged.
     """
     config, world = opened.config, world_size()
-    if config.train.precision == "tf32" and device.type != "cuda":
-        raise ConfigError(f"train.precision=tf32 needs a GPU, and this worker has {device.type}; use fp32.")
-    torch.set_float32_matmul_precision("high" if config.train.precision == "tf32" else "highest")
+    set_products(in_effect(config.train.precision, device, "train.precision"))
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    torch.use_deterministic_algorithms(config.train.deterministic)
     grad_accum, micro_batch = plan_batch(config, world)
 
     reader, order = build_data(config)
@@ -316,19 +319,33 @@ def build_field(config: Config, model: nn.Module, null_label: int) -> TimedField
     """What samplers follow: the model, or minus the gradient of its energy, guided if so configured.
 
     Raises:
-        ConfigError: the sampler cannot follow a field of this objective.
+        ConfigError: the sampler cannot follow a field of this objective, or not in its precision.
     """
     require_matching_sampler(config.objective, config.sampler)
     sampler = config.sampler
     energy = config.objective.energy
-    field = model if energy == "none" else ExplicitEnergy(model, energy)
-    return guided(
+    precision = sampling_precision(config, next(model.parameters()).device)
+    # What is made of the model's values, such as an energy and what guidance adds up, stays in fp32.
+    field = computed_in(precision, model)
+    if energy != "none":
+        field = ExplicitEnergy(field, energy)
+    followed = guided(
         field if config.objective.kind == "flow_matching" else blind_to_time(field),
         cfg_scale=sampler.cfg_scale,
         null_label=null_label,
         guided_channels=sampler.guided_channels,
         interval=sampler.guidance_interval,
     )
+    return with_products(precision, followed)
+
+
+def sampling_precision(config: Config, device: torch.device) -> Precision:
+    """The precision of a sampler's products on a device: what its numbers are published with.
+
+    Raises:
+        ConfigError: the device does not have it.
+    """
+    return in_effect(config.sampler.precision, device, "sampler.precision")
 
 
 def build_autoencoder(manifest: Manifest) -> Autoencoder:
@@ -504,6 +521,7 @@ def build_evaluator(
         rank=rank(),
         world=world_size(),
         all_reduce_sum=all_reduce_sum,
+        precision=sampling_precision(config, device),
     )
 
 

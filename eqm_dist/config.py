@@ -297,6 +297,8 @@ class TrainConfig(Section):
     """Arithmetic of the forward and backward pass; weights and EMAs stay fp32."""
     compile: Annotated[Literal["auto", "always", "never"], Resumable] = "auto"
     """Compile the blocks and the draws with torch's Inductor. auto: on a GPU, but for energies and ZeRO stage 3."""
+    deterministic: Annotated[bool, Resumable] = False
+    """On a GPU, take only algorithms that give the same bits at every start; slower, flash attention above all."""
     activation_checkpointing: Annotated[bool, Resumable] = False
     """Compute the blocks' activations again in the backward pass instead of keeping them: a third more arithmetic."""
     log_grad_norms: Annotated[bool, Resumable] = False
@@ -348,8 +350,8 @@ class EngineConfig(Section, marks=(Resumable,)):
         Literal["deepspeed", "torch"] | None, Only("launch.launcher", ("ray",), "deepspeed", otherwise="torch")
     ] = None
     """DeepSpeed with ZeRO, or its plain-torch twin, which keeps everything on every worker."""
-    zero_stage: Annotated[Annotated[int, Field(ge=0, le=3)] | None, Only("kind", ("deepspeed",), 2)] = None
-    """ZeRO stage of DeepSpeed."""
+    zero_stage: Annotated[Annotated[int, Field(ge=0, le=3)] | None, Only("kind", ("deepspeed",), 1)] = None
+    """ZeRO stage of DeepSpeed. 1 sends the gradients once a step; 2 and 3 once a micro-batch, and hold less."""
     offload: Annotated[Literal["none", "cpu"], Only("kind", ("deepspeed",), "none", otherwise="none")] = "none"
     """cpu: keep fp32 weights, moments and EMAs in host memory, and update them there; needs ZeRO 1 to 3."""
     deepspeed: Annotated[dict[str, Any], Only("kind", ("deepspeed",), make(dict), otherwise=make(dict))] = Field(
@@ -489,6 +491,9 @@ class SamplerConfig(Section, marks=(Resumable, Axis)):
     """Relative tolerance of a step."""
     atol: Annotated[Positive | None, Only("name", ("dopri5",), 1e-6)] = None
     """Absolute tolerance of a step."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """Arithmetic of the model; what the sampler carries on is fp32. auto: bf16 on a GPU, TF32 on one that lacks it, and
+    fp32 on a CPU."""
     cfg_scale: Annotated[float, Field(ge=0)] = 1.0
     """Scale of classifier-free guidance; 1 turns it off."""
     guided_channels: Annotated[
@@ -664,6 +669,12 @@ class Config(Section):
             )
         if self.train.compile == "always" and (reason := self.stays_eager):
             raise ValueError(f"train.compile=always cannot be with {reason}; leave it out")
+        sums = "communication_data_type"
+        if sums in self.engine.deepspeed and self.train.precision == "bf16" and self.engine.zero_stage:
+            raise ValueError(
+                f"engine.deepspeed.{sums} has no effect with train.precision=bf16 and ZeRO 1 to 3, where DeepSpeed sums"
+                " in fp32; leave it out, or use engine.zero_stage=0"
+            )
         if self.objective.energy != "none" and self.train.activation_checkpointing:
             raise ValueError(
                 f"objective.energy={self.objective.energy} differentiates the model inside its loss and needs all"

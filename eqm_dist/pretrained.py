@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eqm_dist.build import build_field, build_model, build_sampling_method
+from eqm_dist.build import build_field, build_model, build_sampling_method, sampling_precision
 from eqm_dist.config import SIZES, Config, portable_config, read_config
 from eqm_dist.core.guidance import TimedField
 from eqm_dist.data.loader import ShardReader
@@ -30,6 +30,7 @@ from eqm_dist.models.autoencoder import Autoencoder, IdentityAutoencoder, is_hub
 from eqm_dist.models.sit import SiT
 from eqm_dist.models.weights import read_safetensors, read_weights
 from eqm_dist.options import Layer, flatten, given, layered, with_overrides
+from eqm_dist.precision import Precision
 from eqm_dist.run_directory import CHECKPOINTS, CONFIG_FILE, MANIFEST_FILE, METRICS_FILE, SAMPLES, picture_name
 from eqm_dist.runs import runs_root
 from eqm_dist.storage.location import local_path
@@ -154,6 +155,14 @@ class Pretrained:
         cut_off, not_finite = int((~drawn.complete).sum()), int((~drawn.finite).sum())
         warn_of_failures(len(indices), cut_off, not_finite, sampler.nfe)
         return drawn
+
+    def precision(self, device: torch.device) -> Precision:
+        """In what arithmetic images are drawn there.
+
+        Raises:
+            ConfigError: the device does not have what ``sampler.precision`` names.
+        """
+        return sampling_precision(self.config, device)
 
     def field(self, device: torch.device | str) -> TimedField:
         """What samplers follow: (x [B, C, h, w], labels [B], time [B]) -> [B, C, h, w], guided if so configured."""

@@ -11,16 +11,31 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from eqm_dist.errors import ConfigError, LaunchError
+from eqm_dist.launch.asynchronous_evaluation import let_training_go_first
 from eqm_dist.options import with_overrides
 from eqm_dist.presets import digits
 from eqm_dist.track.jsonl import read_metrics
 from eqm_dist.train.evaluations import Evaluations
+from tests.distributed import run_ranks
 from tests.processes import wait_for
 from tests.test_ray import REPOSITORY, local_cluster_env
 
 __all__ = ["local_cluster_env"]
+
+
+def policy_of(rank: int, device: torch.device) -> int:
+    let_training_go_first(device)
+    return os.sched_getscheduler(0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of Linux")
+def test_an_evaluation_apart_gives_way_on_a_cpu_and_not_on_a_gpu() -> None:
+    assert run_ranks(1, policy_of, torch.device("cpu")) == [os.SCHED_IDLE]
+    assert run_ranks(1, policy_of, torch.device("cuda")) == [os.SCHED_OTHER]
+
 
 FLAGS = {
     "train.steps": 60,
@@ -220,11 +235,11 @@ def test_the_evaluation_has_its_resources_before_the_workers(
 def test_news_come_once_and_failures_are_tried_again(tmp_path: Path) -> None:
     evaluations = Evaluations(tmp_path, every=10, last=35)
     assert [step for step in range(1, 36) if evaluations.due(step)] == [10, 20, 30, 35]
-    evaluations.write(10, {"eval/fid": 3.0}, [tmp_path / "a.png"], 1.5)
+    evaluations.write(10, {"eval/fid": 3.0}, [tmp_path / "a.png"], 1.5, "fp32")
     evaluations.fail(20, "out of memory")
     assert [record["step"] for record in evaluations.news()] == [10, 20]
     assert list(evaluations.news()) == []
-    evaluations.write(30, {"eval/fid": 2.0}, [], 1.0)
+    evaluations.write(30, {"eval/fid": 2.0}, [], 1.0, "fp32")
     assert [record["step"] for record in evaluations.news()] == [30]
     assert evaluations.best([10, 20, 30], 1) == {30}
     assert evaluations.best([10, 20], 2) == {10}

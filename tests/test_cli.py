@@ -202,7 +202,7 @@ def test_dry_run_of_the_largest_preset_prints_its_numbers(tmp_path: Path) -> Non
     assert config == with_overrides(eqm_xl2(), {"run.root": str(tmp_path / "runs")})
     # 28 blocks of width 1152 on 256 tokens, as published: 675M parameters, 118.6 GMAC forward. The position table
     # (256 x 1152) is not trained. A step costs three forward passes; a checkpoint holds the fp32 weight, two moments
-    # and one EMA of what is trained, and the whole EMA once more. One worker of ZeRO 2 holds the computing
+    # and one EMA of what is trained, and the whole EMA once more. One worker of ZeRO 1 holds the computing
     # weights and the gradient besides.
     trained = 675_129_632 - 256 * 1152
     saved = 4 * (4 * trained + 675_129_632)
@@ -212,7 +212,7 @@ def test_dry_run_of_the_largest_preset_prints_its_numbers(tmp_path: Path) -> Non
         "steps": "7,005,600",  # 1,400 epochs of floor(1,281,167 / 256) steps
         "images": f"{7_005_600 * 256:,}",
         "checkpoint": f"{saved:,} bytes ({saved / 2**30:.2f} GiB), 3 kept",
-        "model state": f"{24 * trained:,} bytes ({24 * trained / 2**30:.2f} GiB) on each of 1 worker, ZeRO 2",
+        "model state": f"{24 * trained:,} bytes ({24 * trained / 2**30:.2f} GiB) on each of 1 worker, ZeRO 1",
         "training cost": "711.729 GFLOP per image (118.621 GMAC forward)",
         "run directory": str(tmp_path / "runs" / "eqm-xl2"),
         "largest stable step": "0.1 (plain descent near data; sampler.step_size)",

@@ -282,6 +282,10 @@ def test_one_sentence_for_several_wrong_values() -> None:
             "deepspeed.zero_optimisation is none of what can be passed on",
         ),
         ({"engine.deepspeed": 3}, "engine.deepspeed: should be a valid dictionary, got 3"),
+        (
+            {"engine.deepspeed": {"communication_data_type": "bf16"}, "train.precision": "bf16"},
+            "communication_data_type has no effect with train.precision=bf16 and ZeRO 1 to 3, where DeepSpeed sums",
+        ),
         ({"train.guard.spike_factor": 5}, "spike_factor has no effect with skip=non_finite; leave it out or use skip="),
         ({"train.guard.skip": "none", "train.guard.max_skips": 5}, "max_skips has no effect with skip=none"),
         ({"launch.launcher": "local", "engine.zero_stage": 0}, "engine.zero_stage=0 has no effect with launch"),

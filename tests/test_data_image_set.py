@@ -28,7 +28,7 @@ def facts_of(numbers: np.ndarray) -> dict[str, np.ndarray]:
 def fill(images: ImageSet, pixels: np.ndarray) -> None:
     for unit in images.missing():
         numbers = np.arange(unit.start, unit.stop)
-        images.write(unit, pixels[unit.start : unit.stop], facts_of(numbers))
+        images.write(unit, pixels[unit.start : unit.stop], facts_of(numbers), "fp32")
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -80,7 +80,7 @@ def test_stock_webdataset_reads_the_tars(tmp_path: Path) -> None:
 def test_a_set_that_was_begun_keeps_its_units_and_its_settings(tmp_path: Path) -> None:
     first = open_image_set(tmp_path, SETTINGS, "png", count=7, unit=3)
     unit = first.units()[1]
-    first.write(unit, images_of(1)[3:6], facts_of(np.arange(3, 6)))
+    first.write(unit, images_of(1)[3:6], facts_of(np.arange(3, 6)), "fp32")
     again = open_image_set(tmp_path, SETTINGS, "png", count=7, unit=100)
     assert [unit.number for unit in again.missing()] == [0, 2]
     with pytest.raises(ConfigError, match="was begun with seed 3, and now it is 4; keep it, or choose another --out"):

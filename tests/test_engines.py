@@ -229,6 +229,20 @@ def test_other_objectives_train_alike_on_one_worker_and_under_every_engine_on_tw
         assert_same(curve, plain, f"{name} on 2 workers")
 
 
+def weights_at_the_start(rank: int, opened: OpenRun) -> torch.Tensor:
+    """Of the plain engine, weights and EMAs, on ranks whose initial weights differ."""
+    config = with_overrides(opened.config, {"run.seed": rank})
+    engine = build_run(replace(opened, config=config), torch.device("cpu")).engine
+    return torch.cat([piece.values for piece in engine.fragments() if piece.state.startswith(("weight", "ema"))])
+
+
+def test_the_plain_engine_starts_from_the_weights_of_rank_0(tmp_path: Path) -> None:
+    opened = open_run(config(tmp_path, "run", **ENGINES["torch"]))
+    (alone,) = run_ranks(1, weights_at_the_start, opened)
+    for found in run_ranks(3, weights_at_the_start, opened):
+        assert torch.equal(found, alone)
+
+
 def test_bf16_is_the_same_under_both_engines(tmp_path: Path) -> None:
     runs = [
         open_run(config(tmp_path, name, **ENGINES[name], **{"train.precision": "bf16"})) for name in ("torch", "zero2")

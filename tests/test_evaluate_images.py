@@ -71,7 +71,7 @@ def test_what_sample_writes_is_read(tmp_path: Path, pixels: np.ndarray, kind: st
         count = unit.stop - unit.start
         one = np.ones(count, np.int64)
         facts = {"label": 0 * one, "nfe": one, "complete": one > 0, "finite": one > 0}
-        written.write(unit, pixels[unit.start : unit.stop], facts)
+        written.write(unit, pixels[unit.start : unit.stop], facts, "fp32")
     written.finish({})
     for picture in ("grid.png", "nfe.png"):  # as the command leaves them
         Image.new("RGB", (50, 50)).save(tmp_path / "set" / picture)
@@ -152,7 +152,7 @@ def test_a_set_that_is_not_finished_is_refused(tmp_path: Path, pixels: np.ndarra
     written = open_image_set(tmp_path / "set", {"seed": 0}, "png", 11, 4)
     one = np.ones(4, np.int64)
     facts = {"label": 0 * one, "nfe": one, "complete": one > 0, "finite": one > 0}
-    written.write(written.units()[0], pixels[:4], facts)
+    written.write(written.units()[0], pixels[:4], facts, "fp32")
     with pytest.raises(DataError, match=r"begun and not finished; run it again"):
         open_images(str(tmp_path / "set"))
 

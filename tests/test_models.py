@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from eqm_dist.config import SIZES
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.models import SiT
+from eqm_dist.models.sit import _Attention
 from eqm_dist.models.sizes import forward_macs, parameter_count, training_flops_per_image
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -322,3 +324,37 @@ def test_activations_that_are_computed_again_change_no_bit(bf16: bool) -> None:
         saved.append(size)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     assert saved[1] < saved[0] / 2
+
+
+def test_attention_makes_no_copy_in_its_backward_pass_and_keeps_every_bit() -> None:
+    torch.manual_seed(0)
+    attention = _Attention(32, 2, qk_norm=True)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    tokens, upstream = torch.randn(3, 16, 32, requires_grad=True), torch.randn(3, 16, 32)
+
+    def permuted(tokens: Tensor) -> Tensor:  # as in the official code
+        heads = attention.qkv(tokens).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = heads.unbind(0)
+        mixed = torch.nn.functional.scaled_dot_product_attention(attention.q_norm(query), attention.k_norm(key), value)
+        return attention.proj(mixed.transpose(1, 2).flatten(2))
+
+    found = []
+    for forward in (permuted, attention):
+        result = forward(tokens)
+        with _Copies() as copies:
+            gradients = torch.autograd.grad((result * upstream).sum(), [tokens, *attention.parameters()])
+        found.append((copies.count, result, *gradients))
+    (copied, *expected), (left, *values) = found
+    assert (copied, left) == (1, 0)
+    assert all(torch.equal(value, other) for value, other in zip(values, expected, strict=True))
+
+
+class _Copies(TorchDispatchMode):
+    """Counts tensors that are copied into another layout."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket == torch.ops.aten.clone
+        return func(*args, **(kwargs or {}))

@@ -99,6 +99,62 @@ def test_a_watchdog_is_cheap_and_leaves_nothing(log: Path) -> None:
     assert (psutil.Process().children(), psutil.Process().num_fds()) == before
 
 
+TWO = """
+import sys, time
+from pathlib import Path
+from eqm_dist.launch.watchdog import Watchdog
+
+class Norm:
+    def item(self):  # under NCCL the host waits for the others here
+        time.sleep(1000)
+
+def loads_a_batch():
+    time.sleep(1000)
+
+rank = int(sys.argv[1])
+with Watchdog(rank, {deadline_s}, Path({log!r})) as watchdog:
+    for step in range(3):
+        watchdog.join()
+        watchdog.beat(step + 1, "training")
+    if rank == {hangs}:
+        loads_a_batch()
+    {waits}
+"""
+
+
+@pytest.mark.parametrize(
+    ("waits", "hangs"),
+    [
+        ("watchdog.join(); Norm().item()", 1),
+        # Without a guard the host runs ahead until the device's queue is full: further on, and in no update.
+        ("watchdog.beat(4, 'training'); time.sleep(1000)", 0),
+    ],
+)
+def test_who_reads_a_value_that_another_rank_holds_up_is_not_blamed(log: Path, waits: str, hangs: int) -> None:
+    program = TWO.format(deadline_s=DEADLINE_S, log=str(log), waits=waits, hangs=hangs)
+    ranks = [subprocess.Popen([sys.executable, "-c", program, str(r)], cwd=Path(__file__).parents[1]) for r in (0, 1)]
+    try:
+        assert ranks[hangs].wait(timeout=120) == -signal.SIGKILL
+        assert ranks[1 - hangs].poll() is None
+        assert re.search(rf"warning: rank {hangs} on .*, after step 3: it is in loads_a_batch", await_text(log))
+        assert log.read_text().count("\n") == 1
+        # Who hears of nobody that is found is ended after all, and says whom it waited for.
+        assert ranks[1 - hangs].wait(timeout=60) == -signal.SIGKILL
+        wait_for(lambda: log.read_text().count("\n") == 2)
+        assert f", and rank {hangs} has come less far; ended" in log.read_text()
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+
+
+def test_what_an_attempt_before_has_left_blames_nobody(log: Path) -> None:
+    log.with_name("rank-0007.late").write_text(f"1 0 {time.time()}")
+    process = start(log, "stands_still()")
+    assert process.wait(timeout=120) == -signal.SIGKILL
+    assert "it is in stands_still (<string>:7); ended" in await_text(log)
+
+
 RANK = """
 import os, signal, sys, time
 from pathlib import Path

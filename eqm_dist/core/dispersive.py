@@ -30,7 +30,7 @@ def dispersive_loss(tokens: Tensor, temperature: float = 1.0) -> Tensor:
     exponents = -functional.pdist(points).square() / (values * temperature)
     # Each pair counts twice, each sample's distance of 0 to itself once.
     both = torch.cat([exponents, exponents, exponents.new_zeros(samples)])
-    return both.logsumexp(0) - both.new_tensor(len(both)).log()
+    return both.logsumexp(0) - both.new_full((), len(both)).log()
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,22 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from eqm_dist.core.corruption import per_sample
 from eqm_dist.core.samplers import Field, Sampler, State, field_norm
 from eqm_dist.errors import ConfigError
 
 QueueField = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x [b, ...], rows [b], time [b]) -> field [b, ...]: which samples these are, and how far each is on its way."""
+
+LOOK_EVERY = 4
+"""Evaluations of the field between two looks at which samples have ended, on a GPU, which idles while the host looks.
+A sample that has ended is evaluated 1.5 times in vain on average, some 1 % of what it took; its values stay."""
 
 
 @dataclass(frozen=True)
@@ -159,23 +164,26 @@ def sample_queue(
     def begin(joining: Tensor) -> _Batch:
         x = start(joining)
         first_norm = torch.zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        nfe = torch.zeros(len(x), dtype=torch.int64)
-        return _Batch(x, joining, nfe, first_norm, method.sampler.start(x, method.nfe, start_time))
+        none = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        state = method.sampler.start(x, method.nfe, start_time)
+        return _Batch(x, joining, none, none.bool(), first_norm, state, torch.zeros(len(x), dtype=torch.int64))
 
-    batch, taken = begin(rows[:slots]), slots
+    look_every = 1 if rows.device.type == "cpu" else LOOK_EVERY
+    batch, taken, evaluations = begin(rows[:slots]), slots, 0
     if not len(rows):
         yield Ended(rows, batch.x, rows, rows.bool())
-    while len(batch.nfe):
-        batch, over = _evaluate(batch, field, method)
-        spent = batch.nfe == method.nfe
-        leaving = spent if over is None else over | spent
+    while len(batch.age):
+        batch, may_end = _evaluate(batch, field, method)
+        evaluations += 1
+        leaving = batch.age == method.nfe
+        if may_end and evaluations % look_every == 0:
+            leaving |= batch.over.cpu()
         if not leaving.any():
             continue
         gone = batch.only(leaving)
-        complete = torch.ones_like(gone.rows, dtype=torch.bool) if over is None else over[leaving].to(rows.device)
-        yield Ended(gone.rows, gone.x, gone.nfe.to(rows.device), complete)
+        yield Ended(gone.rows, gone.x, gone.nfe, gone.over if may_end else torch.ones_like(gone.over))
         batch = batch.only(~leaving)
-        joining = rows[taken : taken + slots - len(batch.nfe)]
+        joining = rows[taken : taken + slots - len(batch.age)]
         taken += len(joining)
         if len(joining):
             batch = batch.with_others(begin(joining))
@@ -183,19 +191,38 @@ def sample_queue(
 
 @dataclass(frozen=True)
 class _Batch:
-    """Samples under way. Their counts stay on the CPU: where nothing ends early, nobody waits for a GPU."""
+    """Samples under way.
+
+    Attributes:
+        x: [b, ...].
+        rows: [b], which samples these are.
+        nfe: [b], the evaluations that each took.
+        over: [b] bool, those that have ended, which stay as they are until somebody looks.
+        first_norm: [b], the norm of the field at the first evaluation, for a stopping rule.
+        state: the sampler's.
+        age: [b], on the CPU: evaluations since each joined. Where all take as many, nobody waits for a GPU.
+    """
 
     x: Tensor
     rows: Tensor
     nfe: Tensor
+    over: Tensor
     first_norm: Tensor
     state: State
+    age: Tensor
 
     def only(self, mask: Tensor) -> Self:
         """The samples that a mask [b] on the CPU names."""
         index = mask.nonzero().flatten().to(self.x.device)
-        state = tuple(part[index] for part in self.state)
-        return type(self)(self.x[index], self.rows[index], self.nfe[mask], self.first_norm[index], state)
+        return type(self)(
+            self.x[index],
+            self.rows[index],
+            self.nfe[index],
+            self.over[index],
+            self.first_norm[index],
+            tuple(part[index] for part in self.state),
+            self.age[mask],
+        )
 
     def with_others(self, other: Self) -> Self:
         """These samples, then the others."""
@@ -203,21 +230,27 @@ class _Batch:
             torch.cat([self.x, other.x]),
             torch.cat([self.rows, other.rows]),
             torch.cat([self.nfe, other.nfe]),
+            torch.cat([self.over, other.over]),
             torch.cat([self.first_norm, other.first_norm]),
             tuple(torch.cat(parts) for parts in zip(self.state, other.state, strict=True)),
+            torch.cat([self.age, other.age]),
         )
 
 
-def _evaluate(batch: _Batch, field: QueueField, method: SamplingMethod) -> tuple[_Batch, Tensor | None]:
-    """The batch after one evaluation, and which samples [b] are over; None where only their number decides."""
-    progress = (batch.nfe.to(batch.first_norm.dtype) / method.nfe).to(batch.x.device)
+def _evaluate(batch: _Batch, field: QueueField, method: SamplingMethod) -> tuple[_Batch, bool]:
+    """The batch after one evaluation, and whether a sample may have ended before its NFE."""
+    progress = batch.nfe.to(batch.first_norm.dtype) / method.nfe
     point, time = method.sampler.look(batch.x, batch.state, progress)
     value = field(point, batch.rows, time)
-    x, state, over = method.sampler.move(batch.x, batch.state, value, progress)
+    x, state, ended = method.sampler.move(batch.x, batch.state, value, progress)
     first_norm = batch.first_norm
     if method.stop is not None:
         norm = field_norm(value)
         first_norm = torch.where(progress == 0, norm, first_norm)
         below = method.stop.below(norm, first_norm)
-        over = below if over is None else over | below
-    return _Batch(x, batch.rows, batch.nfe + 1, first_norm, state), None if over is None else over.cpu()
+        ended = below if ended is None else ended | below
+    if ended is None:
+        return replace(batch, x=x, nfe=batch.nfe + 1, state=state, age=batch.age + 1), False
+    x = torch.where(per_sample(batch.over, x), batch.x, x)
+    nfe = batch.nfe + ~batch.over
+    return _Batch(x, batch.rows, nfe, batch.over | ended, first_norm, state, batch.age + 1), True

@@ -83,7 +83,7 @@ class ImageSet:
         """Whether everything is there."""
         return (self.directory / RECORD_FILE).exists()
 
-    def write(self, unit: Unit, images: np.ndarray, facts: Mapping[str, np.ndarray]) -> None:
+    def write(self, unit: Unit, images: np.ndarray, facts: Mapping[str, np.ndarray], precision: str) -> None:
         """Write a unit, its record last.
 
         Args:
@@ -91,6 +91,7 @@ class ImageSet:
             images: [n, H, W, C] uint8.
             facts: [n] each: ``label``; ``nfe``, the evaluations; ``complete``, whether the sampler came to its end;
                 ``finite``, whether the latents were numbers.
+            precision: in which they were drawn.
 
         Raises:
             StorageError: a file cannot be written.
@@ -109,7 +110,7 @@ class ImageSet:
                 atomic_write(self._pixels(unit), content.getbuffer())
             case _:
                 assert_never(self.format)
-        record = {name: values.tolist() for name, values in facts.items()}
+        record = {"precision": precision, "facts": {name: values.tolist() for name, values in facts.items()}}
         atomic_write(self._record(unit), json.dumps(record).encode())
 
     def finish(self, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +120,7 @@ class ImageSet:
             StorageError: a file cannot be written.
         """
         units = [json.loads(self._record(unit).read_bytes()) for unit in self.units()]
-        facts = {name: [value for unit in units for value in unit[name]] for name in units[0]}
+        facts = {name: [value for unit in units for value in unit["facts"][name]] for name in units[0]["facts"]}
         lines = [",".join(["index", *facts])]
         lines += [",".join(map(str, map(int, row))) for row in zip(range(self.count), *facts.values(), strict=True)]
         atomic_write(self.directory / FACTS_FILE, ("\n".join(lines) + "\n").encode())
@@ -128,6 +129,7 @@ class ImageSet:
         nfe = facts["nfe"]
         whole = {
             **record,
+            "precision": " and ".join(sorted({unit["precision"] for unit in units})),  # units of unlike machines
             "nfe": {"mean": float(np.mean(nfe)), "min": min(nfe), "max": max(nfe)},
             "cut_off": facts["complete"].count(False),
             "not_finite": facts["finite"].count(False),

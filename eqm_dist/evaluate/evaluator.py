@@ -1,8 +1,9 @@
 """What is measured and drawn while a run trains: FID against the training images, its yardstick, a grid of samples."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from eqm_dist.evaluate.images import TrainingImages
 from eqm_dist.evaluate.labels import balanced_labels
 from eqm_dist.evaluate.metrics import FeatureMoments, feature_moments, frechet_distance, half_split_fid
 from eqm_dist.evaluate.references import cached_statistics
-from eqm_dist.evaluate.statistics import FEATURES, ImageStatistics, Rows, compute, image_statistics, parts_of
+from eqm_dist.evaluate.statistics import FEATURES, MOMENTS, ImageStatistics, Rows, compute, image_statistics, parts_of
 from eqm_dist.models.autoencoder import Autoencoder
 from eqm_dist.run_directory import picture_name
 from eqm_dist.storage.files import storage_errors
@@ -49,6 +50,7 @@ class Evaluator:
         cache: directory that keeps the statistics of the real images for other processes; None keeps none.
         rank, world: this worker's number, and how many there are.
         all_reduce_sum: sums a tensor over ranks.
+        precision: in which the field is computed, for the record.
     """
 
     model: nn.Module
@@ -69,6 +71,7 @@ class Evaluator:
     rank: int
     world: int
     all_reduce_sum: Callable[[Tensor], Tensor]
+    precision: str
 
     def __call__(self, weights: Mapping[str, Tensor], step: int) -> tuple[dict[str, float], list[Path]]:
         """Metrics ``eval/...``, and on rank 0 the pictures that were written. A collective."""
@@ -142,31 +145,48 @@ class Evaluator:
         """The metrics by name. The FID needs sums, which add over ranks; others are for one process alone."""
         if self.world > 1:
             moments = feature_moments(self.extractor, images.split(self.batch), self._device)
-            return {"fid": frechet_distance(self._moments, moments.merged(self.all_reduce_sum))}
+            return {"fid": frechet_distance(self._real_moments, moments.merged(self.all_reduce_sum))}
         batches = images.split(self.batch)
         own = image_statistics(self.extractor, batches, parts=parts_of(self.metrics), device=self._device)
         return compute(self.metrics, own, self._reference)
 
     @cached_property
-    def _moments(self) -> FeatureMoments:
-        part = rank_range(0, len(self.real), self.rank, self.world)
-        return feature_moments(self.extractor, self.real.read(*part, self.batch), self._device).merged(
-            self.all_reduce_sum
-        )
+    def _reference(self) -> ImageStatistics:
+        """Of this rank's part of the real images."""
+        start, stop = rank_range(0, len(self.real), self.rank, self.world)
+        parts = {FEATURES, *(parts_of(self.metrics) if self.world == 1 else {MOMENTS})}
+        batches = self._in_step(self.real.read(start, stop, self.batch))
+        measure = partial(image_statistics, self.extractor, batches, parts=parts, first=start, device=self._device)
+        return cached_statistics(self.real, self.extractor, parts, measure, self.cache) if self.cache else measure()
+
+    def _in_step(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Batches of real images, all ranks at the same one, so that none waits in a collective for longer than that.
+
+        Decoding all of a large set takes longer than a collective may.
+        """
+        largest = -(-len(self.real) // self.world)
+        for _ in range(0, largest, self.batch):
+            yield from islice(batches, 1)
+            if self.world > 1:
+                self.all_reduce_sum(torch.zeros(1, device=self._device)).item()
 
     @cached_property
-    def _reference(self) -> ImageStatistics:
-        """Of all real images, by this process alone."""
-        parts = {FEATURES, *(parts_of(self.metrics) if self.world == 1 else ())}
-        batches = self.real.read(0, len(self.real), self.batch)
-        measure = partial(image_statistics, self.extractor, batches, parts=parts, device=self._device)
-        return cached_statistics(self.real, self.extractor, parts, measure, self.cache) if self.cache else measure()
+    def _real_moments(self) -> FeatureMoments:
+        moments = self._reference.parts[MOMENTS]
+        assert isinstance(moments, FeatureMoments)
+        return moments.to(self._device).merged(self.all_reduce_sum)
 
     @cached_property
     def _yardstick(self) -> float:
-        if self.rank:  # only rank 0's figures are recorded
-            return float("nan")
+        """On every rank, for they would only wait for the one that computes it."""
         rows = self._reference.parts[FEATURES]
         assert isinstance(rows, Rows)
-        splits = 16 if rows.values.shape[1] <= NARROW else 1
-        return half_split_fid(rows.values.to(self._device), self.seed, splits)
+        positions, count = rows.among(len(self.real))
+        return half_split_fid(
+            rows.values[positions >= 0].to(self._device),
+            self.seed,
+            16 if rows.values.shape[1] <= NARROW else 1,
+            positions=positions[positions >= 0],
+            count=count,
+            all_reduce_sum=self.all_reduce_sum,
+        )

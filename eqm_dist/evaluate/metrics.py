@@ -21,6 +21,7 @@ from eqm_dist import rng
 from eqm_dist.errors import DataError
 from eqm_dist.hidden import hidden
 from eqm_dist.metric_settings import SEED
+from eqm_dist.precision import products
 
 with hidden("torchvision", "torch_fidelity"):
     from torchmetrics.image.fid import FrechetInceptionDistance
@@ -44,7 +45,7 @@ class FeatureMoments:
     def of(cls, features: Tensor) -> Self:
         """The moments of features [n, F]."""
         features = features.double()
-        return cls(torch.tensor(float(len(features))).to(features), features.sum(0), features.T @ features)
+        return cls(features.new_full((), len(features)), features.sum(0), features.T @ features)
 
     @classmethod
     def of_gaussian(cls, mean: Tensor, covariance: Tensor, count: int = 2) -> Self:
@@ -80,7 +81,8 @@ def feature_moments(
     """
     metric = _metric(extractor, device)
     for images in batches:
-        metric.update(images.to(device), real=True)
+        with products("fp32"):
+            metric.update(images.to(device), real=True)
     count = metric.real_features_num_samples.double()
     return FeatureMoments(count, metric.real_features_sum, metric.real_features_cov_sum)
 
@@ -207,28 +209,46 @@ def _distances(points: Tensor, others: Tensor) -> Iterator[Tensor]:
         yield torch.cat([torch.cdist(block, part) for part in others.split(OTHERS_AT_ONCE)], dim=1)
 
 
-def half_split_fid(features: Tensor, seed: int, splits: int = 16) -> float:
+def half_split_fid(
+    features: Tensor,
+    seed: int,
+    splits: int = 16,
+    *,
+    positions: Tensor | None = None,
+    count: int | None = None,
+    all_reduce_sum: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> float:
     """FID between two random halves of the same images' features, the yardstick of a generated set's FID.
 
     It is what sampling alone costs: the FID of a perfect generator is not zero but falls with the number of images.
     One split is a noisy measure (a third of its value on the digits), so this is the mean over several.
 
+    Of images that are divided over workers each gives its own, and all get the whole's: moments of halves are sums too.
+
     Args:
-        features: [N, F], N >= 4; on the device of the computation.
+        features: [n, F]; on the device of the computation. At least four over all workers.
         seed: seed of the splits, drawn from ``Stream.SPLIT``.
         splits: number of splits.
+        positions: [n] int64 on the CPU, where each of these lies among all; None if they are all, in their order.
+        count: how many there are in all; with ``positions``.
+        all_reduce_sum: gives the sum of a tensor over workers.
 
     Raises:
         DataError: fewer than four images.
     """
     features = features.double()
-    keys = rng.uniform(seed, rng.Stream.SPLIT, torch.arange(len(features)), (splits,), dtype=torch.float64)
+    count = len(features) if count is None else count
+    rows = torch.arange(count)  # of each image here, -1 where it is another worker's
+    if positions is not None:
+        rows = torch.full((count,), -1).scatter(0, positions, torch.arange(len(features)))
+    keys = rng.uniform(seed, rng.Stream.SPLIT, torch.arange(count), (splits,), dtype=torch.float64)
     identity = _Features(features.shape[1])
     distances = []
-    for order in keys.argsort(dim=0).T.to(features.device):
-        halves = (features[half] for half in order.tensor_split(2))
-        first, second = (feature_moments(identity, [half], features.device) for half in halves)
-        distances.append(frechet_distance(first, second))
+    for order in keys.argsort(dim=0).T:
+        halves = (rows[half] for half in order.tensor_split(2))
+        own = (features[half[half >= 0].to(features.device)] for half in halves)
+        moments = (feature_moments(identity, [half], features.device).merged(all_reduce_sum) for half in own)
+        distances.append(frechet_distance(*moments))
     return sum(distances) / splits
 
 

@@ -26,6 +26,7 @@ from eqm_dist.evaluate.metrics import (
     precision_recall,
 )
 from eqm_dist.metric_settings import DEFAULT_SETTINGS, SEED, MetricName, MetricSettings
+from eqm_dist.precision import products
 
 MOST_ROWS = 50_000
 """Images whose features are kept: the size at which the literature compares."""
@@ -47,12 +48,28 @@ class Rows:
         indices = torch.cat([self.indices, other.indices])
         kept = indices.argsort(stable=True)
         if len(indices) > MOST_ROWS:
-            # The images with the smallest keys, whoever saw them: any order of additions gives the same choice.
-            keys = rng.uniform(SEED, rng.Stream.SPLIT, indices, (), dtype=torch.float64)
-            chosen = torch.zeros(len(indices), dtype=torch.bool)
-            chosen[keys.argsort(stable=True)[:MOST_ROWS]] = True
-            kept = kept[chosen[kept]]
+            kept = kept[_chosen(indices)[kept]]
         return type(self)(indices[kept], torch.cat([self.values, other.values])[kept])
+
+    def among(self, count: int) -> tuple[Tensor, int]:
+        """Where these rows lie among those that are kept of all images [0, count), and how many those are.
+
+        Returns:
+            [n] int64 positions, -1 for a row that is not kept; and their number.
+        """
+        kept = torch.arange(count)
+        if count > MOST_ROWS:
+            kept = kept[_chosen(kept)]
+        places = torch.searchsorted(kept, self.indices).clamp(max=len(kept) - 1)
+        return torch.where(kept[places] == self.indices, places, -1), len(kept)
+
+
+def _chosen(indices: Tensor) -> Tensor:
+    """Which of too many images [n] are kept: those with the smallest keys, whoever saw them, added in any order."""
+    keys = rng.uniform(SEED, rng.Stream.SPLIT, indices, (), dtype=torch.float64)
+    chosen = torch.zeros(len(indices), dtype=torch.bool)
+    chosen[keys.argsort(stable=True)[:MOST_ROWS]] = True
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -101,7 +118,7 @@ def image_statistics(
 
     Args:
         extractor: see ``eqm_dist.evaluate.extractors``; on ``device``.
-        batches: images [B, H, W, C] uint8, in the order of their indices, at least one.
+        batches: images [B, H, W, C] uint8, in the order of their indices; without any, the statistics of none.
         parts: of ``PARTS``.
         first: index of the first image.
         device: where to compute.
@@ -124,10 +141,20 @@ def image_statistics(
                 moments = FeatureMoments.of(extracted[output])
                 pieces[:] = [pieces[0] + moments if pieces else moments]
         count += len(images)
+    if not count:
+        return _of_none(extractor, parts)
     joined: dict[str, Any] = {}
     for part, pieces in found.items():
         joined[part] = pieces[0].to("cpu") if part.endswith("moments") else _joined(pieces)
     return ImageStatistics(name_of(extractor), count, joined)
+
+
+def _of_none(extractor: nn.Module, parts: Collection[str]) -> ImageStatistics:
+    """Of a worker without images, as far as the extractor says how wide its outputs are."""
+    assert all(part.startswith("features.") for part in parts)
+    none = torch.zeros(0, extractor.num_features)  # pyright: ignore[reportArgumentType]
+    empty = {part: FeatureMoments.of(none) if part == MOMENTS else Rows(torch.arange(0), none) for part in parts}
+    return ImageStatistics(name_of(extractor), 0, empty)
 
 
 def _joined(pieces: list[Rows]) -> Rows:
@@ -136,18 +163,20 @@ def _joined(pieces: list[Rows]) -> Rows:
 
 
 def extract(extractor: nn.Module, images: Tensor, outputs: Collection[str]) -> dict[str, Tensor]:
-    """Outputs [B, ...] of an extractor for images [B, H, W, C] uint8: ``features``, ``spatial``, ``logits``.
+    """Outputs [B, ...] of an extractor for images [B, H, W, C] uint8: ``features``, ``spatial``, ``logits``; in fp32.
 
     Raises:
         ConfigError: the extractor does not offer one.
         DataError: an output is not [B, F], or not finite.
     """
     together: Callable[..., Mapping[str, Tensor]] | None = getattr(extractor, "outputs", None)
-    if together is not None:
-        extracted = dict(together(images, outputs))
-    else:
-        methods = {"features": extractor, **{name: getattr(extractor, name, None) for name in ("spatial", "logits")}}
-        extracted = {name: method(images) for name in outputs if (method := methods[name]) is not None}
+    with products("fp32"):  # as all published figures
+        if together is not None:
+            extracted = dict(together(images, outputs))
+        else:
+            others = {name: getattr(extractor, name, None) for name in ("spatial", "logits")}
+            methods = {"features": extractor, **others}
+            extracted = {name: method(images) for name in outputs if (method := methods[name]) is not None}
     for name in sorted(outputs):
         if name not in extracted:
             metrics = [metric for metric, how in METRICS.items() if how.part.startswith(name)]

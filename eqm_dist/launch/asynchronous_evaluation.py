@@ -66,17 +66,26 @@ def _guarded(checkpoint: Checkpoint, **task: Any) -> dict[str, float]:
         return {"failed": 1.0}
 
 
+def let_training_go_first(device: torch.device) -> None:
+    """Take the cores that training leaves, where it has more threads than cores; on a GPU the work is not theirs.
+
+    There an idle process would launch its kernels only when no other wants a core, and the GPU would stand still.
+    """
+    if sys.platform == "linux" and device.type == "cpu":
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
 @ray.remote(max_calls=1)  # then its process ends, for it would stay idle
 def _evaluate(packed: dict[str, Any], step: int) -> dict[str, float]:
-    if sys.platform == "linux":  # where training has more threads than cores, it goes first
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     opened = unpack(packed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    let_training_go_first(device)
     started = time.perf_counter()
     reader, _ = build_data(opened.config)
     assert isinstance(reader, ShardReader)  # a mixture is not evaluated
     cache = str(opened.directory / EVALUATIONS)  # the real images are measured once, and not by every task
     evaluator = build_evaluator(opened.config, opened.directory, reader, device, cache)
     metrics, pictures = evaluator(load_file(opened.checkpoints.path(step) / EMA_FILE), step)
-    opened.evaluations.write(step, metrics, pictures, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    opened.evaluations.write(step, metrics, pictures, seconds, evaluator.precision)
     return metrics

@@ -132,11 +132,12 @@ class Judge:
         model.autoencoder  # noqa: B018 (fails here, in one sentence, and not on every actor)
         self._loaded()
         work = MeasureDrawn(model, labels, seed, self.extractor, self.weights, parts_of(self.metrics), self.batch)
-        statistics, nfe = None, []
+        statistics, nfe, precisions = None, [], set[str]()
         progress = Progress("measured", samples)
-        for unit, (part, spent) in run_units(work, self._units(samples), self.launcher, self.actors):
+        for unit, (part, spent, precision) in run_units(work, self._units(samples), self.launcher, self.actors):
             statistics = part if statistics is None else statistics + part
             nfe += spent
+            precisions.add(precision)
             progress.add(unit.stop - unit.start)
         assert statistics is not None
         return self._records(
@@ -147,6 +148,7 @@ class Judge:
             weights_sha256=model.sha256,
             labels=labels,
             sampler=dump(model.config.sampler),
+            precision=" and ".join(sorted(precisions)),
             nfe={"mean": sum(nfe) / len(nfe), "min": min(nfe), "max": max(nfe)},
             seed=seed,
         )
@@ -248,6 +250,7 @@ class Judge:
             "samples": statistics.count,
             "labels": None,
             "sampler": None,
+            "precision": None,
             "nfe": None,
             "seed": None,
             "reference": reference.location if reference else None,
@@ -289,7 +292,8 @@ class MeasureDrawn:
     parts: frozenset[str]
     batch: int
 
-    def __call__(self, unit: Unit, device: torch.device) -> tuple[ImageStatistics, list[int]]:
+    def __call__(self, unit: Unit, device: torch.device) -> tuple[ImageStatistics, list[int], str]:
+        """Their statistics, the NFE of each, and in what precision they were drawn."""
         indices = torch.arange(unit.start, unit.stop)
         labels = labels_of(self.labels, indices, self.model.config.data.num_classes, self.seed)
         drawn = self.model.generate(indices, labels, self.seed, self.batch, device)
@@ -300,7 +304,7 @@ class MeasureDrawn:
             first=unit.start,
             device=device,
         )
-        return statistics, drawn.nfe.tolist()
+        return statistics, drawn.nfe.tolist(), self.model.precision(device)
 
 
 @lru_cache(maxsize=2)
@@ -318,5 +322,5 @@ def _written_beside(location: str) -> dict[str, Any]:
         written = mapping_from_json(read_bounded(path))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} must be what pipelines/sample.py wrote ({error}); restore or remove it.") from None
-    kept = ("model", "step", "weights_sha256", "labels", "sampler", "nfe", "seed")
+    kept = ("model", "step", "weights_sha256", "labels", "sampler", "precision", "nfe", "seed")
     return {name: written[name] for name in kept if name in written}

@@ -177,7 +177,7 @@ def _worker(packed: dict[str, Any]) -> None:
         run = build_run(opened, get_device(), partial(_report, opened))
         run = replace(run, must_save=Preemption(), must_stop=_AskedToStop(packed["stop"]))
         if watchdog is not None:
-            run = replace(run, beat=watchdog.beat)
+            run = replace(run, beat=watchdog.beat, join=watchdog.join)
         for step in from_rank_zero(_unreported(opened, run)):
             _report(opened, run.checkpoints.path(step), step)
         run_to_end(opened, run)

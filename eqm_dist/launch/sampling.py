@@ -96,7 +96,8 @@ class DrawUnit:
         labels = labels_of(self.labels, indices, self.model.config.data.num_classes, self.seed)
         drawn = self.model.generate(indices, labels, self.seed, self.batch, device)
         facts = {"label": labels, "nfe": drawn.nfe, "complete": drawn.complete, "finite": drawn.finite}
-        self.images.write(unit, drawn.images.cpu().numpy(), {name: fact.cpu().numpy() for name, fact in facts.items()})
+        facts = {name: fact.cpu().numpy() for name, fact in facts.items()}
+        self.images.write(unit, drawn.images.cpu().numpy(), facts, self.model.precision(device))
 
 
 def _report(model: Pretrained, images: ImageSet, out: Path) -> str:
@@ -116,6 +117,7 @@ def _report(model: Pretrained, images: ImageSet, out: Path) -> str:
         "model": f"{model.source}{f', step {model.step:,}' if model.step is not None else ''}",
         "images": f"{images.count:,} as {images.format}, labels {record['labels']}, seed {record['seed']}",
         "NFE": f"{nfe['mean']:,.4g} an image",
+        "precision": record["precision"],
         "speed": f"{record['images_per_s']:,.1f} images/s",
         "grid": str(grid),
     }

@@ -22,6 +22,7 @@ from torch import Tensor
 from eqm_dist.documents import mapping_from_json, read_bounded
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.hidden import hidden
+from eqm_dist.precision import products
 from eqm_dist.storage.location import local_path
 
 ENCODE_PIXELS = 32 * 256 * 256
@@ -72,7 +73,7 @@ class IdentityAutoencoder:
 
 
 class KLAutoencoder:
-    """diffusers' AutoencoderKL, the VAE of Stable Diffusion, in fp32, or in bf16 where the images are on a GPU.
+    """diffusers' AutoencoderKL, the VAE of Stable Diffusion. It decodes in fp32, and encodes in bf16 on a GPU.
 
     Pickles as its location and is loaded anew from there: each process must reach it.
 
@@ -113,7 +114,7 @@ class KLAutoencoder:
         moments = []
         for part in images.split(max(1, ENCODE_PIXELS // (height * width))):
             pixels = part.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+            with products("fp32"), torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
                 posterior = vae.encode(pixels).latent_dist
             moments.append(torch.cat([posterior.mean, posterior.logvar], dim=1).float())
         return torch.cat(moments)
@@ -128,7 +129,8 @@ class KLAutoencoder:
         factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
         unscaled = latents.to(torch.float32) / self.latent_scale + self.latent_shift
         size = max(1, ENCODE_PIXELS // (unscaled[0, 0].numel() * factor**2))
-        pixels = torch.cat([vae.decode(part).sample for part in unscaled.split(size)])
+        with products("fp32"):
+            pixels = torch.cat([vae.decode(part).sample for part in unscaled.split(size)])
         return (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 

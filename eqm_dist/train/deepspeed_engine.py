@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from eqm_dist.data.loader import Batch
 from eqm_dist.errors import ConfigError
+from eqm_dist.precision import Precision
 from eqm_dist.train.distributed import rank, world_size
-from eqm_dist.train.engine import WEIGHT, Accepts, Fragment, Observe, Precision
+from eqm_dist.train.engine import WEIGHT, Accepts, Fragment, Observe
 from eqm_dist.train.optimizer import EmaAdamW
 from eqm_dist.train.step import ModelWithLoss
 
@@ -56,7 +57,12 @@ def deepspeed_config(
         # Stage 0 reports no norm unless it clips, so there the engine clips by itself.
         "gradient_clipping": gradient_clip if gradient_clip is not None and zero_stage > 0 else 0.0,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it makes the host wait for the device twice a micro-batch
     }
+    if zero_stage in (1, 2):
+        # A reduce to the rank that keeps the sum, rather than an all-reduce of each bucket, while the backward pass
+        # goes on; stage 3 does both by itself.
+        config["zero_optimization"] |= {"use_multi_rank_bucket_allreduce": False, "overlap_comm": True}
     if zero_stage > 0:
         # The defaults (5e8 elements) reserve 2 GB a buffer, more than a whole XL/2 needs, however small the model is.
         bucket = min(parameters, 50_000_000)
@@ -105,7 +111,7 @@ class DeepSpeedEngine:
         self.device = device
         self.replicated = zero_stage == 0
         self._stage = zero_stage
-        self._clip = float("inf") if gradient_clip is None else gradient_clip
+        self._clip = gradient_clip
         # DeepSpeed hangs its own attributes on parameters, which no type knows of.
         trained = module.trained_parameters()
         self.shapes: dict[str, torch.Size] = {
@@ -150,7 +156,7 @@ class DeepSpeedEngine:
         """Update; the gradient norm is global and unclipped, NaN or infinite if the gradient was."""
         for group in self._zero.param_groups:
             group["lr"] = learning_rate
-        norm = nn.utils.clip_grad_norm_(list(self._names), self._clip) if self._stage == 0 else None
+        norm = self._clipped() if self._stage == 0 else None
 
         def found_norm() -> Tensor:
             return torch.as_tensor(self._zero._global_grad_norm) if norm is None else norm
@@ -169,8 +175,16 @@ class DeepSpeedEngine:
         judge()  # nobody has asked where the norm is not finite: DeepSpeed skips those updates by itself
         return found_norm().to(self.device)
 
+    def _clipped(self) -> Tensor:
+        """Clip whole gradients, as DeepSpeed does not under stage 0 where nobody sets a limit; returns their norm."""
+        norm = nn.utils.get_total_norm([param.grad for param in self._names if param.grad is not None])
+        if self._clip is not None:
+            nn.utils.clip_grads_with_norm_(list(self._names), self._clip, norm)
+        return norm
+
     def _observe(self, flats: Sequence[Tensor], norm: Tensor, observe: Observe) -> None:
-        clipped = ((norm + 1e-6) / self._clip).clamp(min=1)  # DeepSpeed and torch divide by this
+        # DeepSpeed and torch divide by this.
+        clipped = 1.0 if self._clip is None else ((norm + 1e-6) / self._clip).clamp(min=1)
         updated = set(map(id, flats))
         for place in self._places():
             if id(place.flat) in updated:

@@ -23,6 +23,12 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def from_rank_zero_in_place(tensor: Tensor) -> None:
+    """Overwrite ``tensor`` with rank 0's."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=0)
+
+
 def background_group() -> Any:
     """A process group for a thread of its own: the default one belongs to the training threads. A collective."""
     return dist.new_group(backend="gloo") if world_size() > 1 else None

@@ -6,17 +6,17 @@ mean over the global batch, so that an engine only ever sums over ranks (docs/de
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from eqm_dist.data.loader import Batch
-from eqm_dist.train.distributed import all_reduce_sum
+from eqm_dist.precision import Precision
+from eqm_dist.train.distributed import all_reduce_sum, from_rank_zero_in_place
 from eqm_dist.train.optimizer import EmaAdamW
 from eqm_dist.train.step import ModelWithLoss
 
-Precision = Literal["fp32", "tf32", "bf16"]
 Accepts = Callable[[float], bool]
 """Says by the norm of the whole gradient whether the update is to be made."""
 Observe = Callable[[str, Tensor], None]
@@ -98,10 +98,13 @@ class TorchEngine:
         self.device = device
         self._module = module
         self._optimizer = optimizer
-        self._clip = float("inf") if gradient_clip is None else gradient_clip
+        self._clip = gradient_clip
         self._bf16 = precision == "bf16"
         self._parameters = module.trained_parameters()
         self.shapes: dict[str, torch.Size] = {name: param.shape for name, param in self._parameters.items()}
+        # Initial weights may differ in a last bit between kinds of machine.
+        for tensor in (*module.parameters(), *module.buffers()):
+            from_rank_zero_in_place(tensor.detach())
         self.frozen = module.frozen_parameters()
         optimizer.initialize_state(self._parameters.values())
 
@@ -127,7 +130,8 @@ class TorchEngine:
             if observe is not None:
                 for name, gradient in gradients.items():
                     observe(name, gradient.square().sum())
-            nn.utils.clip_grads_with_norm_(list(self._parameters.values()), self._clip, norm)
+            if self._clip is not None:  # a pass over all gradients
+                nn.utils.clip_grads_with_norm_(list(self._parameters.values()), self._clip, norm)
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
             self._optimizer.step()

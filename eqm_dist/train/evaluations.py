@@ -36,14 +36,17 @@ class Evaluations:
         """Whether this step is to be evaluated."""
         return self.every > 0 and (step % self.every == 0 or step == self.last)
 
-    def write(self, step: int, metrics: Mapping[str, float], pictures: Sequence[Path], seconds: float) -> None:
-        """Record what was measured.
+    def write(
+        self, step: int, metrics: Mapping[str, float], pictures: Sequence[Path], seconds: float, precision: str
+    ) -> None:
+        """Record what was measured, in how many seconds and on images drawn in which precision.
 
         Raises:
             StorageError: the file cannot be written.
         """
         names = [str(picture) for picture in pictures]
-        self._write(step, {"step": step, "metrics": dict(metrics), "pictures": names, "seconds": seconds})
+        record = {"step": step, "metrics": dict(metrics), "pictures": names, "seconds": seconds, "precision": precision}
+        self._write(step, record)
 
     def fail(self, step: int, reason: str) -> None:
         """Record that nothing could be measured, so that nobody waits for it."""

@@ -61,6 +61,11 @@ class Tracker(Protocol):
 class Evaluation(Protocol):
     """Measures EMA weights. A collective: every rank calls it with the same weights."""
 
+    @property
+    def precision(self) -> str:
+        """In which images are drawn."""
+        ...
+
     def __call__(self, weights: Mapping[str, Tensor], step: int) -> tuple[dict[str, float], list[Path]]:
         """Metrics, and the pictures that rank 0 wrote."""
         ...
@@ -90,6 +95,7 @@ class Run:
         peak_flops: what the device could do at best, over all ranks; None if unknown.
         mirror: where checkpoints are copied in the background; None without one, and except on rank 0.
         beat: told of every step, and of what this rank does until the next: who looks after it knows that it lives.
+        join: told before each update, in which a rank waits for the others, that this one has come so far.
         must_save: asked after each report, on every rank, whether to save now: a machine is about to be taken away.
         must_stop: asked after each step, on every rank and with whether it was reported, whether to save and end here.
     """
@@ -114,6 +120,7 @@ class Run:
     peak_flops: float | None = None
     mirror: Mirror | None = None
     beat: Callable[[int, Doing], None] = lambda step, doing: None
+    join: Callable[[], None] = lambda: None
     must_save: Callable[[], bool] = lambda: False
     must_stop: Callable[[bool], bool] = lambda reported: False
     state: TrainState = field(default_factory=TrainState)
@@ -194,6 +201,7 @@ def _update(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
         run.engine.backward(share, last=index == len(micro_batches) - 1)
         total += share.detach()
     run.saver.wait_copied()
+    run.join()
     accepts = None if run.guard is None else partial(run.guard.accepts, run.state)
     observe = None if run.grad_norms is None else run.grad_norms.add
     return total, run.engine.step(run.schedule(run.state.step), accepts, observe)
@@ -286,7 +294,8 @@ def _evaluate(run: Run) -> None:
     started = time.perf_counter()
     metrics, pictures = run.evaluate(run.ema_weights(), run.state.step)
     if run.tracker is not None:
-        run.evaluations.write(run.state.step, metrics, pictures, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        run.evaluations.write(run.state.step, metrics, pictures, seconds, run.evaluate.precision)
         log_evaluations(run.evaluations, run.tracker)
 
 

@@ -93,7 +93,7 @@ class Meters:
         """
         bad_step = self._bad_step.item()  # the gradient norm is global, so every rank sees the same first bad step
         updates = self._updates or math.nan
-        loss, writing = all_reduce_sum(torch.stack([self._loss, self._loss.new_tensor(not saved)])).tolist()
+        loss, writing = all_reduce_sum(torch.stack([self._loss, self._loss.new_full((), float(not saved))])).tolist()
         interval = Interval(
             loss=loss / updates,
             grad_norm=self._grad_norm.item() / updates,
