@@ -8,177 +8,100 @@ SiT at patch size 2 on 4x32x32 latents with 1,000 classes, EqM's loss with the t
 one device. The batch lies on the device already, so that no loader is timed. Cases take turns, round by round, so that
 what disturbs the machine disturbs all of them; a case is told by ``PRECISION[+compile][+deepspeed]``.
 
-MFU: 2 FLOP for each multiplication with its addition, three times the forward pass (a block that is computed again does
-not count), over what the device's data sheet promises for dense matrix products in that precision. Parts are timed apart
-from the whole, with a synchronisation after each, so their sum is an upper bound of it.
+MFU: 2 FLOP for each multiplication with its addition, three times the forward pass (a block that is computed again
+does not count), over what the device's data sheet promises for dense matrix products in that precision. Parts are
+timed apart from the whole, with a synchronisation after each, so their sum is an upper bound of it.
 """
 
 import argparse
 import gc
+import math
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.record import write_record
-from eqm_dist.config import SIZES
-from eqm_dist.core.corruption import constant_pace
-from eqm_dist.core.decay import TruncatedDecay
-from eqm_dist.core.objective import eqm_loss
-from eqm_dist.data.loader import Batch
-from eqm_dist.models.sit import SiT
-from eqm_dist.models.sizes import forward_macs, training_flops_per_image
-from eqm_dist.train.compiled import compile_blocks, compiled_draw, require_compiler
-from eqm_dist.train.engine import Engine, Precision, TorchEngine
+from benchmarks.step_cases import (
+    CHANNELS,
+    CLASSES,
+    EMA_DECAY,
+    LEARNING_RATE,
+    PATCH,
+    SIDE,
+    Case,
+    build_engine,
+    cases,
+    flops_per_image,
+    random_batch,
+)
+from benchmarks.step_counts import counts
+from eqm_dist.precision import set_products
+from eqm_dist.train.compiled import compiled_draw, require_compiler
+from eqm_dist.train.engine import Engine
 from eqm_dist.train.meters import peak_flops
-from eqm_dist.train.optimizer import EmaAdamW
-from eqm_dist.train.step import BatchLoss, ModelWithLoss, draw_batch
-
-SIDE, CHANNELS, PATCH, CLASSES = 32, 4, 2, 1000
-LEARNING_RATE, EMA_DECAY = 1e-4, 0.9999
-
-
-@dataclass(frozen=True)
-class Case:
-    """One way to make a step."""
-
-    size: str
-    batch: int
-    precision: Precision
-    compiled: bool
-    deepspeed: bool
-
-    @property
-    def name(self) -> str:
-        """``B/2 x32 bf16+compile``."""
-        return f"{self.size}/{PATCH} x{self.batch} {self.precision}" + "+compile" * self.compiled + (
-            "+deepspeed" * self.deepspeed
-        )
-
-
-def cases(sizes: Sequence[str], batches: Sequence[int], kinds: Sequence[str]) -> list[Case]:
-    """All of them, in order."""
-    made = []
-    for size in sizes:
-        for batch in batches:
-            for kind in kinds:
-                precision, *words = kind.split("+")
-                made.append(Case(size, batch, cast("Precision", precision), "compile" in words, "deepspeed" in words))
-    return made
-
-
-def build_model(size: str, **options: Any) -> SiT:
-    """A model of one of the published sizes."""
-    return SiT(SIDE, PATCH, CHANNELS, **SIZES[size]._asdict(), num_classes=CLASSES, **options)
-
-
-def flops_per_image(size: str) -> float:
-    """Of a training step."""
-    shape = SIZES[size]
-    macs = forward_macs(
-        input_size=SIDE, patch_size=PATCH, in_channels=CHANNELS, hidden_size=shape.hidden_size, depth=shape.depth
-    )
-    return training_flops_per_image(macs)
-
-
-def build_engine(case: Case, device: torch.device) -> Engine:
-    """The engine of a case, as ``build_run`` would make it."""
-    # TF32 where it is asked for, and nowhere else.
-    torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
-    with torch.device(device):
-        model = build_model(case.size)
-    if case.compiled:
-        compile_blocks(model.blocks)
-    loss = BatchLoss(
-        partial(eqm_loss, decay=TruncatedDecay(0.8, 4.0), path=constant_pace),
-        seed=0,
-        latent_scale=0.18215,
-        latent_shift=0.0,
-        label_dropout=0.1,
-        null_label=CLASSES,
-        flip=False,
-        draw=compiled_draw() if case.compiled else draw_batch,
-    )
-    module = ModelWithLoss(model, loss)
-    optimizer = EmaAdamW(module.trained_parameters().values(), lr=LEARNING_RATE, ema_decays=[EMA_DECAY])
-    if not case.deepspeed:
-        return TorchEngine(module, optimizer, device=device, precision=case.precision)
-    from eqm_dist.train.deepspeed_engine import DeepSpeedEngine
-
-    return DeepSpeedEngine(
-        module, optimizer, device=device, zero_stage=1, precision=case.precision, micro_batch=case.batch
-    )
-
-
-def random_batch(size: int, device: torch.device, step: int = 0) -> Batch:
-    """Moments [size, 1, 2C, H, W] with their labels and positions."""
-    generator = torch.Generator().manual_seed(step)
-    moments = torch.randn(size, 1, 2 * CHANNELS, SIDE, SIDE, generator=generator)
-    labels = torch.randint(CLASSES, (size,), generator=generator)
-    return Batch(step * size + torch.arange(size), moments, labels).to(device)
+from eqm_dist.train.step import draw_batch
 
 
 def measure(case: Case, device: torch.device, steps: int) -> dict[str, Any]:
     """One round of one case: build it, warm it up, time whole steps, then their parts."""
-    engine, batch = build_engine(case, device), random_batch(case.batch, device)
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    found = _time(build_engine(case, device), case, device, steps)
+    _forget(device)
+    return found
+
+
+def _time(engine: Engine, case: Case, device: torch.device, steps: int) -> dict[str, Any]:
+    batch = random_batch(case.batch, device)
+    update = partial(engine.step, LEARNING_RATE, math.isfinite)  # with the guard's look at the norm, as in training
 
     def step() -> None:
         engine.backward(engine.losses(batch).mean(), last=True)
-        engine.step(LEARNING_RATE, lambda norm: norm == norm)  # with the guard's look at the norm, as in training
+        update()
 
-    began = time.perf_counter()
-    step()
-    synchronize()
-    first_s = time.perf_counter() - began
-    step()
-    synchronize()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    began = time.perf_counter()
-    for _ in range(steps):
-        step()
-    synchronize()
-    step_s = (time.perf_counter() - began) / steps
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-    parts: dict[str, list[float]] = {"forward": [], "backward": [], "update": []}
-    for _ in range(steps):
-        loss = _timed(parts["forward"], synchronize, lambda: engine.losses(batch).mean())
-        _timed(parts["backward"], synchronize, partial(engine.backward, loss, last=True))
-        _timed(parts["update"], synchronize, partial(engine.step, LEARNING_RATE, lambda norm: norm == norm))
-    draws: list[float] = []
+    first_s = _seconds(step, device)
+    whole = _whole_steps(step, device, steps)
+    parts: dict[str, list[float]] = {"forward": [], "backward": [], "update": [], "draws": []}
     draw = compiled_draw() if case.compiled else draw_batch
-    for _ in range(steps + 1):
-        _timed(draws, synchronize, lambda: draw(0, batch.positions, (CHANNELS, SIDE, SIDE), 0.1, False))
-    del engine
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    for _ in range(steps):
+        losses: list[Tensor] = []
+        parts["forward"].append(_seconds(lambda to: to.append(engine.losses(batch).mean()), device, losses))
+        parts["backward"].append(_seconds(engine.backward, device, losses[0], True))
+        parts["update"].append(_seconds(update, device))
+        parts["draws"].append(_seconds(draw, device, 0, batch.positions, (CHANNELS, SIDE, SIDE), 0.1, False))
     return {
         "first_step_s": first_s,
-        "step_s": step_s,
-        "peak_bytes": peak,
-        "parts_s": {name: statistics.median(times) for name, times in {**parts, "draws": draws[1:]}.items()},
+        **whole,
+        "parts_s": {name: statistics.median(each) for name, each in parts.items()},
     }
 
 
-def _timed(times: list[float], synchronize: Callable[[], None], work: Callable[[], Any]) -> Any:
+def _whole_steps(step: Callable[[], None], device: torch.device, steps: int) -> dict[str, Any]:
+    _seconds(step, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    step_s = _seconds(lambda: [step() for _ in range(steps)], device) / steps
+    return {"step_s": step_s, "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None}
+
+
+def _seconds(work: Callable[..., Any], device: torch.device, *arguments: Any) -> float:
     began = time.perf_counter()
-    done = work()
-    synchronize()
-    times.append(time.perf_counter() - began)
-    return done
+    work(*arguments)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def _forget(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 # --- the official step ---
@@ -197,7 +120,7 @@ def measure_official(path: Path, case: Case, device: torch.device, steps: int) -
     from models import EqM_models  # pyright: ignore[reportMissingImports]
     from transport import create_transport  # pyright: ignore[reportMissingImports]
 
-    torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
+    set_products(case.precision)
     model = EqM_models[f"EqM-{case.size}/{PATCH}"](input_size=SIDE, num_classes=CLASSES).to(device)
     average = {name: param.detach().clone() for name, param in model.named_parameters()}
     transport = create_transport("Linear", "velocity", None, None, None)
@@ -205,7 +128,6 @@ def measure_official(path: Path, case: Case, device: torch.device, steps: int) -
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(case.batch, CHANNELS, SIDE, SIDE, generator=generator).to(device)
     labels = torch.randint(CLASSES, (case.batch,), generator=generator).to(device)
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=case.precision == "bf16"):
@@ -217,80 +139,10 @@ def measure_official(path: Path, case: Case, device: torch.device, steps: int) -
             for name, param in model.named_parameters():
                 average[name].mul_(EMA_DECAY).add_(param, alpha=1 - EMA_DECAY)
 
-    for _ in range(2):
-        step()
-    synchronize()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    began = time.perf_counter()
-    for _ in range(steps):
-        step()
-    synchronize()
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return {"step_s": (time.perf_counter() - began) / steps, "peak_bytes": peak, "parts_s": {}}
-
-
-# --- counts, without a device that could time anything ---
-
-_VIEWS = tuple(
-    f"aten.{name}"
-    for name in ("view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "unbind", "split", "select",
-                 "slice.", "unsqueeze", "t.", "detach", "alias", "as_strided", "squeeze", "chunk")
-)  # fmt: skip
-_PRODUCTS = ("mm", "bmm", "attention", "flash")
-
-
-class Counter(TorchDispatchMode):
-    """Counts operations that would be kernels, and the bytes that they read and write.
-
-    Attributes:
-        kernels: how many.
-        elementwise_bytes: of those that are no matrix products.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kernels = 0
-        self.elementwise_bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """One operation."""
-        out = func(*args, **(kwargs or {}))
-        name = str(func)
-        if name.startswith("aten.") and not name.startswith(_VIEWS) and "empty" not in name:
-            self.kernels += 1
-            if not any(product in name for product in _PRODUCTS):
-                leaves = torch.utils._pytree.tree_leaves((args, kwargs, out))
-                self.elementwise_bytes += sum(t.numel() * t.element_size() for t in leaves if isinstance(t, Tensor))
-        return out
-
-
-def counts(size: str, batch: int) -> dict[str, Any]:
-    """Kernels and elementwise bytes of a block and of the draws, eager, in bf16 autocast, on tensors without values."""
-    width, depth = SIZES[size].hidden_size, SIZES[size].depth
-    with FakeTensorMode():
-        block: Any = build_model(size).blocks[0]
-        tokens = torch.empty(batch, (SIDE // PATCH) ** 2, width, requires_grad=True)
-        condition = torch.empty(batch, width, requires_grad=True)
-        with Counter() as forward, torch.autocast("cpu", torch.bfloat16):
-            out = block(tokens, condition)
-        with Counter() as backward:
-            out.backward(torch.empty_like(out))
-    with Counter() as draws:
-        draw_batch(0, torch.arange(batch), (CHANNELS, SIDE, SIDE), 0.1, True)
-    return {
-        "size": size,
-        "batch": batch,
-        "block": {
-            "forward_kernels": forward.kernels,
-            "backward_kernels": backward.kernels,
-            "forward_elementwise_mb": round(forward.elementwise_bytes / 1e6),
-            "backward_elementwise_mb": round(backward.elementwise_bytes / 1e6),
-        },
-        "blocks": depth,
-        "draws_kernels_eager": draws.kernels,
-        "gflop_per_image": round(flops_per_image(size) / 1e9, 1),
-    }
+    _seconds(step, device)
+    found = _whole_steps(step, device, steps)
+    _forget(device)
+    return {**found, "parts_s": {}}
 
 
 def main() -> None:
@@ -314,7 +166,13 @@ def main() -> None:
     if any(case.compiled for case in all_cases):
         require_compiler(device)
     if any(case.deepspeed for case in all_cases):
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ |= {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",
+        }
     work: dict[str, Callable[[], dict[str, Any]]] = {
         case.name: partial(measure, case, device, arguments.steps) for case in all_cases
     }
@@ -328,7 +186,9 @@ def main() -> None:
     for number in range(arguments.rounds):
         for name, measured in work.items():
             rounds[name].append(measured())
-            print(f"round {number + 1}/{arguments.rounds} {name}: {rounds[name][-1]['step_s'] * 1e3:.0f} ms", flush=True)
+            print(
+                f"round {number + 1}/{arguments.rounds} {name}: {rounds[name][-1]['step_s'] * 1e3:.0f} ms", flush=True
+            )
     table = {name: _summary(*flops[name], found, device) for name, found in rounds.items()}
     print(f"\n| step on {device.type} | ms | images/s | MFU | peak GiB | forward, backward, update, draws ms |")
     print("|---" * 6 + "|")
