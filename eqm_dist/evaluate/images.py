@@ -18,7 +18,6 @@ from torch import Tensor
 
 from eqm_dist.data.bounds import MAX_IMAGE_BYTES, MAX_SIDE
 from eqm_dist.data.cache import FileCache
-from eqm_dist.data.foreign_json import parse_json
 from eqm_dist.data.image_set import NPZ_FILE, PICTURES, RECORD_FILE, SETTINGS_FILE
 from eqm_dist.data.loader import ShardReader
 from eqm_dist.data.manifest import MANIFEST_NAME
@@ -28,6 +27,7 @@ from eqm_dist.data.sources import LabelledImage, RawImage, SkippedImage
 from eqm_dist.data.sources.files import find_files
 from eqm_dist.data.sources.names import is_image, readable, without_hidden
 from eqm_dist.data.sources.tars import image_members
+from eqm_dist.documents import from_json
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.models.autoencoder import Autoencoder, load_autoencoder, mean_latents
 from eqm_dist.storage.files import storage_errors
@@ -142,7 +142,7 @@ def _is_image_set(folder: Folder) -> bool:
     if folder.size(SETTINGS_FILE) is None:
         return False
     try:
-        settings = parse_json(folder.read(SETTINGS_FILE, 0, MAX_SETTINGS_BYTES))
+        settings = from_json(folder.read(SETTINGS_FILE, 0, MAX_SETTINGS_BYTES))
     except ValueError:
         return False
     if not (isinstance(settings, dict) and {"format", "samples", "unit"} <= settings.keys()):

@@ -21,7 +21,7 @@ def boot() -> str:
 
 
 def seconds_up() -> float:
-    """Seconds since the machine was started, asleep or not: only their differences within one ``boot`` mean anything."""
+    """Seconds since the machine was started, asleep or not; only differences within one ``boot`` mean anything."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 

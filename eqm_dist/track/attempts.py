@@ -5,9 +5,10 @@
     {"time": 1763892000.0, "boot": "0a832431-aba2-...", "up_s": 86400.0, "step": 120, "reached": 137, "workers": 2}
 
 It goes on from ``step`` on so many workers (the same ones, without a number, after the guard), when the record had come
-to step ``reached``. How long steps took is in ``metrics.jsonl``, from which steps that are done again are dropped. Since
-clocks are set, time is what the machine counts since its start, ``up_s``; only from one start of a machine to another,
-or from one machine to another, it is the difference of their clocks.
+to step ``reached``. How long steps took is in ``metrics.jsonl``, from which steps that are done again are dropped.
+
+Clocks are set, so time is what the machine counts since its start, ``up_s``. Only from one start of a machine to the
+next, or from one machine to another, it is the difference of their clocks.
 """
 
 import time
