@@ -76,8 +76,8 @@ def open_run(
         TrackingError: the server does not answer, or no longer knows the run.
     """
     record = run_directory / MLFLOW_FILE
+    known = _read(record) if record.exists() else None
     with _answers(tracking_uri, timeout_s) as client:
-        known = _read(record) if record.exists() else None
         if known is not None and known.tracking_uri == tracking_uri:
             run = replace(known, timeout_s=timeout_s)
             with _forgotten(f"run {run.run_id}", f"delete {record} to record {name} anew"):
