@@ -4,9 +4,11 @@ import logging
 import os
 import re
 import secrets
+import signal
 import socket
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -67,10 +69,22 @@ def cluster() -> Iterator[None]:
     local = address == "local"
     with _private_directory() if local else nullcontext("") as private:
         try:
-            _start(private) if local else _join(address)
+            with _own_signals():
+                _start(private) if local else _join(address)
             yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep the process's handler of SIGTERM: Ray sets one that prints the stack of its C++ and aborts."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _private_directory() -> tempfile.TemporaryDirectory[str]:

@@ -53,7 +53,7 @@ def train(opened: OpenRun) -> None:
     Raises:
         EqmDistError: what a worker raised, as it raised it.
         LaunchError: the cluster has no room, or the run failed again and again.
-        KeyboardInterrupt: the user has ended the run, which is saved.
+        KeyboardInterrupt: the user, or the system, has ended the run, which is saved.
     """
     launch = opened.config.launch
     offered = offer(required(launch.workers), required(launch.cpus_per_worker), opened.config.evaluation.cpus or 0)
@@ -64,8 +64,7 @@ def train(opened: OpenRun) -> None:
     with Interrupt() as interrupt, FileFollower(log_file(opened.directory, 0)):
         while (failure := _interruptibly(partial(_fit, opened, offered, setbacks, stop), interrupt, stop)) is not None:
             logger.warning(setbacks.another(failure))
-    if interrupt.asked:
-        raise KeyboardInterrupt
+    interrupt.check()
     if opened.config.evaluation.asynchronous:
         finish_evaluations(opened)
 
@@ -117,7 +116,7 @@ def _interruptibly(work: Callable[[], str | None], interrupt: Interrupt, stop: A
             stop.ask.remote()
             ends = time.monotonic() + _STOP_S
         if time.monotonic() > ends:
-            raise KeyboardInterrupt
+            interrupt.check()
     return outcome.result()
 
 
