@@ -7,6 +7,7 @@ import secrets
 import signal
 import socket
 import stat
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, worker
 from ray._private.utils import get_ray_address_file
 from ray.exceptions import RayError
 
@@ -30,6 +31,7 @@ _CONNECT_TIMEOUT_S = 10
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
 _REFUSALS = (OSError, RuntimeError, ValueError, RayError)
 _MOST_CHARACTERS = 1000  # of an address
+_LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 _LISTENS = "0A"  # in /proc/net/tcp
 _MOST_CPU_WORKERS = 4  # beyond that, exchanging gradients on a CPU costs more than it saves
 
@@ -70,10 +72,15 @@ def cluster() -> Iterator[None]:
     with _private_directory() if local else nullcontext("") as private:
         try:
             with _own_signals():
+                worker.print_to_stdstream = _said_by_ourselves
                 _start(private) if local else _join(address)
             yield
         finally:
             ray.shutdown()
+
+
+def _said_by_ourselves(*_: object, **__: object) -> None:
+    """Ray's daemons tell the terminal in their words of a lost worker, which the run's log tells in ours."""
 
 
 @contextmanager
@@ -151,6 +158,8 @@ def _join(address: str) -> None:
 
 def _start(private: str) -> None:
     _keep_token_private()
+    for library in ("GLOO", "NCCL"):  # otherwise they take what the machine's name stands for
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", _LOOPBACK)
     try:
         # Ray opens its own directory to everybody, so that is one within. Nobody looks at the dashboard of a cluster
         # that ends with its command.
