@@ -21,11 +21,14 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[psutil.Process, int, str]]:
-    """``make ui`` in a directory whose name an address would not bear: its process, its port, and a run that it shows."""
+    """``make ui`` in a directory of a name that no address bears: its process, its port, and a run that it shows."""
     place = tmp_path_factory.mktemp("a%b what?")
-    run = open_run(place / "runs" / "one" if (place / "runs" / "one").mkdir(parents=True) is None else place,
-                   name="one", tracking_uri=default_uri(place / "runs"), experiment="e", params={}, config_yaml="a: 1\n",
-                   timeout_s=60)  # fmt: skip
+    directory = place / "runs" / "one"
+    directory.mkdir(parents=True)
+    uri = default_uri(place / "runs")
+    run = open_run(
+        directory, name="one", tracking_uri=uri, experiment="e", params={}, config_yaml="a: 1\n", timeout_s=60
+    )
     close_run(run, "FINISHED")
     port, venv = free_port(), Path(sys.executable).parents[1]
     make = ["make", "--file", str(ROOT / "Makefile"), "--assume-old", f"{venv}/.installed", "ui",
