@@ -162,7 +162,7 @@ def test_a_holder_elsewhere_that_lives_is_not_disturbed(tmp_path: Path) -> None:
     assert json.loads(file.read_text())["host"] == "elsewhere"
 
 
-@pytest.mark.parametrize("content", ["", "null", "[]", '{"id": 1}', "not json"])
+@pytest.mark.parametrize("content", ["", "null", "[]", '{"id": 1}', "not json", "[" * 60_000, " " * 100_000 + "{}"])
 def test_a_file_that_says_nothing_holds_nothing(content: str, tmp_path: Path) -> None:
     (tmp_path / LEASE_FILE).write_text(content)
     take(tmp_path)

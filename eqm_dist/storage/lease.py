@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from eqm_dist.documents import mapping_from_json, read_bounded
 from eqm_dist.errors import BusyError
 from eqm_dist.storage.boot import processes, started
 from eqm_dist.storage.files import TEMPORARY_SUFFIX, storage_errors
@@ -187,8 +186,10 @@ def _touched(file: Path) -> tuple[int, int] | None:
 def _holder(file: Path) -> Holder | None:
     """Who holds it; None where nobody does, or the file says nothing."""
     try:
-        return Holder(**mapping_from_json(read_bounded(file, _MOST_BYTES)))
-    except (FileNotFoundError, ValueError, TypeError):
+        # Of a pipe nothing, for it would wait for a writer; and no more than a holder writes.
+        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as opened:
+            return Holder(**json.loads(opened.read(_MOST_BYTES)))
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
         return None
 
 
