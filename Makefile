@@ -44,10 +44,12 @@ hooks: $(STAMP) ## Let git check style and formatting before each commit
 docs: $(DOCS_STAMP) ## Build the documentation site into build/docs/site
 	@$(VENV)/bin/python docs/build_site.py build/docs
 
+# The store is named from here, for a directory's name may hold what an address must not. Nobody uploads anything.
 ui: runs/mlflow.db $(STAMP) ## Serve the MLflow UI of runs/ on this machine only (UI_PORT=5000)
 	@echo "MLflow UI: http://127.0.0.1:$(UI_PORT) (Ctrl-C ends it)"
 	@$(IN_VENV) MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(VENV)/bin/mlflow server \
-		--host 127.0.0.1 --port $(UI_PORT) --workers 1 --backend-store-uri "sqlite:///$(CURDIR)/runs/mlflow.db"
+		--host 127.0.0.1 --port $(UI_PORT) --allowed-hosts "127.0.0.1:$(UI_PORT),localhost:$(UI_PORT)" --workers 1 \
+		--backend-store-uri sqlite:///runs/mlflow.db --no-serve-artifacts
 
 runs/mlflow.db:
 	@echo "There is no run to show yet: runs/mlflow.db does not exist. Start one with: make train" >&2; exit 1

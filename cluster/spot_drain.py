@@ -26,6 +26,8 @@ logger = logging.getLogger("spot_drain")
 _TIMEOUT_S = 2
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the service is on this machine's own link
 _GCP_NOTICE_S = 30
+_LONGEST_NOTICE_S = 900
+"""Of Azure. Where this machine's clock is behind the cloud's, a notice seems longer than any is."""
 
 _NODE_ID = """
 import sys, ray
@@ -79,7 +81,7 @@ def drain(address: str, node: str | None, deadline: float) -> None:
     if node is None:
         command = [sys.executable, "-c", _NODE_ID, address]
         node = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1]
-    left_s = max(1, round(deadline - time.time()))
+    left_s = max(1, min(round(deadline - time.time()), _LONGEST_NOTICE_S))
     logger.info("draining node %s, which has %d s left", node, left_s)
     subprocess.run(
         ["ray", "drain-node", "--address", address, "--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION",

@@ -31,7 +31,7 @@ def main() -> NoReturn:
     """Run the command that the first argument names.
 
     Raises:
-        SystemExit: always; 0 done, 2 the input is wrong, 1 anything else, 130 interrupted.
+        SystemExit: always; 0 done, 2 the input is wrong, 1 anything else, 130 interrupted, 143 terminated.
     """
     name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if name in COMMANDS:
@@ -55,7 +55,7 @@ def _help() -> str:
         "usage: eqm-dist COMMAND [--FLAG VALUE ...]\n\nDistributed training of Equilibrium Matching models.\n\n"
         f"commands:\n{lines}\n\n"
         "eqm-dist COMMAND --help lists the flags of a command. eqm-dist --version prints the version.\n"
-        "exit codes: 0 done; 2 your input is wrong; 1 anything else; 130 interrupted"
+        "exit codes: 0 done; 2 your input is wrong; 1 anything else; 130 interrupted; 143 terminated"
     )
 
 

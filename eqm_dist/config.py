@@ -479,7 +479,7 @@ class SamplerConfig(Section, marks=(Resumable, Axis)):
     """Step size after the last evaluation of the field. Default: a tenth of step_size."""
     momentum: Annotated[Fraction | None, Only("name", ("nag",), 0.3)] = None
     """mu, the look-ahead."""
-    nfe: PositiveInt = 249
+    nfe: Annotated[int, Field(gt=0, le=10_000)] = 249
     """Evaluations of the field per sample (the official "250 steps" are 249); with stop_* or dopri5 the limit."""
     stop_norm: Annotated[Positive | None, Only("name", DESCENTS)] = None
     """Stop a sample once its field's norm (root mean square over dimensions) is below this; null: never."""

@@ -61,3 +61,7 @@ class BusyError(EqmDistError):
 
 class LaunchError(EqmDistError):
     """The cluster could not start or finish the run."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The system asks the process to end (SIGTERM), as schedulers do some seconds before they kill it."""

@@ -20,6 +20,47 @@ class _Formatter(logging.Formatter):
         return redacted(super().format(record))  # what another library says may hold the URL of an endpoint
 
 
+class _LogFile(logging.Handler):
+    """Appends each line at once. While a full disk refuses them the run goes on, and says so once instead of each time;
+    the file says how many lines it lacks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path, self._file = path, path.open("ab", buffering=0)
+        self._missing, self._cut = 0, False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append a line."""
+        try:
+            if self._missing:
+                self._append(_FORMAT.format(_missing(record, self._missing)))
+                self._missing = 0
+            self._append(self.format(record))
+        except OSError as error:
+            self._missing += 1
+            if self._missing == 1:
+                text = f"Cannot append to {self._path}: {error.strerror}; its lines are left out until there is room."
+                print(f"warning: {redacted(text)}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
+
+    def _append(self, line: str) -> None:
+        rest = f"{line}\n".encode(errors="backslashreplace")
+        rest = b"\n" + rest if self._cut else rest
+        while rest:
+            written = self._file.write(rest)
+            rest, self._cut = rest[written:], written < len(rest)
+
+
+def _missing(record: logging.LogRecord, lines: int) -> logging.LogRecord:
+    text = f"warning: {lines:,} lines are missing here, for which there was no room"
+    return logging.makeLogRecord({"msg": text, "created": record.created})
+
+
 _FORMAT = _Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
 
@@ -36,7 +77,7 @@ def setup_logging(file: Path | None = None, console: bool = True) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)] if console else []
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(file))
+        handlers.append(_LogFile(file))
     for handler in handlers:
         handler.setFormatter(_FORMAT)
     for old in root.handlers:

@@ -1,6 +1,7 @@
 """The command line: what overrides what, what is refused, what --dry-run tells, and how a command ends."""
 
 import importlib
+import signal
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from eqm_dist import cli
 from eqm_dist.commands import train_classifier
 from eqm_dist.config import Config
 from eqm_dist.derived import step_size_warning
-from eqm_dist.errors import ConfigError, EqmDistError, LaunchError, UserError
+from eqm_dist.errors import ConfigError, EqmDistError, LaunchError, Terminated, UserError
 from eqm_dist.options import options, parse, to_yaml, with_overrides
 from eqm_dist.presets import PRESETS, digits, eqm_b2, eqm_xl2
 from tests import tiny
@@ -266,6 +267,7 @@ def raising(error: BaseException) -> Callable[[Sequence[str]], None]:
         (LaunchError("No cluster."), 1, "error: No cluster.\n"),
         (EqmDistError("Something."), 1, "error: Something.\n"),
         (KeyboardInterrupt(), 130, "interrupted; run the same command again to resume.\n"),
+        (Terminated(), 143, "terminated; run the same command again to resume.\n"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
@@ -276,6 +278,15 @@ def test_an_expected_end_is_one_sentence(
         cli.run(raising(error))
     assert left.value.code == code
     assert capsys.readouterr() == ("", message)
+
+
+def test_a_command_that_the_system_ends_is_terminated(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left:
+        cli.run(lambda _: signal.raise_signal(signal.SIGTERM))
+    assert left.value.code == 143
+    assert capsys.readouterr().err == "terminated; run the same command again to resume.\n"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_an_unexpected_end_shows_where(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eqm_dist.track.attempts import Attempts
+from eqm_dist.track.attempts import Attempts, Moment
 from eqm_dist.track.jsonl import read_metrics
 from tests import tiny
 
@@ -13,11 +13,11 @@ from tests import tiny
 class Clock:
     """Seconds that pass when they are told to."""
 
-    def __init__(self) -> None:
-        self.now = 1000.0
+    def __init__(self, boot: str = "first") -> None:
+        self.now, self.boot, self.set_by = 1000.0, boot, 0.0
 
-    def __call__(self) -> float:
-        return self.now
+    def __call__(self) -> Moment:
+        return Moment(self.now + self.set_by, self.boot, self.now)
 
 
 def record(*intervals: tuple[int, float]) -> list[dict[str, float]]:
@@ -38,9 +38,49 @@ def test_two_attempts_by_hand(tmp_path: Path) -> None:
     counters = second.counters(9, 2.0)
     assert counters == {"run/restarts": 1, "run/lost_steps": 4, "run/goodput": (5 + 8) / 100}
     assert [json.loads(line) for line in file.read_text().splitlines()] == [
-        {"time": 1000.0, "step": 0, "reached": 0, "workers": 2},
-        {"time": 1080.0, "step": 5, "reached": 9, "workers": 1},
+        {"time": 1000.0, "boot": "first", "up_s": 1000.0, "step": 0, "reached": 0, "workers": 2},
+        {"time": 1080.0, "boot": "first", "up_s": 1080.0, "step": 5, "reached": 9, "workers": 1},
     ]
+
+
+@pytest.mark.parametrize("set_by", [-5000.0, -20.0, 1e9])
+def test_a_clock_that_is_set_shifts_no_second(set_by: float, tmp_path: Path) -> None:
+    """Within an attempt, and from one to the next on a machine that has not been started anew."""
+    clock, file = Clock(), tmp_path / "attempts.jsonl"
+    first = Attempts(file, [], 0, 2, clock)
+    clock.now += 10
+    clock.set_by = set_by
+    assert first.counters(5, 1.0)["run/goodput"] == 5 / 10
+    clock.now += 10
+    clock.set_by = 0.0
+    second = Attempts(file, record((5, 1.0)), 5, 2, clock)
+    clock.set_by = -set_by
+    clock.now += 20
+    assert second.counters(15, 1.0)["run/goodput"] == (5 + 10) / 40
+
+
+def test_clocks_of_two_machines_that_differ_give_no_more_than_all_the_time(tmp_path: Path) -> None:
+    clock, file = Clock(), tmp_path / "attempts.jsonl"
+    Attempts(file, [], 0, 2, clock)
+    elsewhere = Clock("second")
+    elsewhere.set_by = -300.0
+    second = Attempts(file, record((5, 2.0)), 5, 2, elsewhere)
+    elsewhere.now += 10
+    assert second.counters(10, 1.0)["run/goodput"] == 1.0  # 15 s of steps, and the clocks say 10
+    elsewhere.now += 20
+    assert second.counters(13, 1.0)["run/goodput"] == 18 / 30
+
+
+def test_attempts_of_an_earlier_release_are_counted_by_the_clock(tmp_path: Path) -> None:
+    clock, file = Clock(), tmp_path / "attempts.jsonl"
+    file.write_text('{"time": 960.0, "step": 0, "reached": 0, "workers": 2}\n')
+    assert Attempts(file, record((5, 2.0)), 5, 2, clock).counters(10, 2.0)["run/goodput"] == 20 / 40
+
+
+def test_this_moment_follows_what_no_clock_shifts() -> None:
+    before, now = Moment.now(), Moment.now()
+    assert before.boot == now.boot
+    assert 0 <= before.until(now) == now.up_s - before.up_s
 
 
 def test_going_back_is_no_restart_and_costs_steps(tmp_path: Path) -> None:

@@ -96,7 +96,33 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_damaged_settings_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "settings.json").write_text("{")
+@pytest.mark.parametrize(
+    "content", [b"{", b"null", b"[" * 100_000, b'{"unit": 0}', b'{"unit": "7"}', b"{}", b" " * (64 << 20) + b"{}"]
+)
+def test_damaged_settings_are_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_bytes(content)
     with pytest.raises(DataError, match=r"settings.json is damaged .*; delete its directory to start over"):
         open_image_set(tmp_path, SETTINGS, "png", count=7, unit=3)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"[" * 100_000, b'{"label": 1}', b'{"label": []}', b'{"label": ["0"]}']
+)
+def test_a_damaged_record_of_a_unit_is_refused(content: bytes, tmp_path: Path) -> None:
+    images = open_image_set(tmp_path, SETTINGS, "png", count=7, unit=3)
+    fill(images, images_of(1))
+    record = tmp_path / ".units" / "00001.json"
+    good = json.loads(record.read_bytes())
+    record.write_bytes(json.dumps({**good, **json.loads(content)}).encode() if content.startswith(b"{") else content)
+    with pytest.raises(DataError, match=r"00001.json is damaged .*; delete it and run the same command again"):
+        images.finish({})
+
+
+def test_a_damaged_table_of_facts_is_refused(tmp_path: Path) -> None:
+    images = open_image_set(tmp_path, SETTINGS, "png", count=7, unit=3)
+    fill(images, images_of(1))
+    images.finish({})
+    for content in ("index,nfe\n0,x\n", "index\n0\n", "index,nfe\n0\n"):
+        (tmp_path / "samples.csv").write_text(content)
+        with pytest.raises(DataError, match=r"samples.csv is damaged"):
+            images.nfe()

@@ -244,6 +244,10 @@ def test_figures_reach_the_mlflow_record_of_the_run(root: Path) -> None:
         ("--images digits.npz --reference digits.npz --actors 2", "--actors has no effect with --launcher local"),
         ("--images digits.npz --reference digits.npz --extractor digits --resolution 4", "holds arrays of 8x8"),
         ("--images digits.npz --reference digits.npz --extractor digits --channels 3", "holds arrays of 1"),
+        (
+            "--images digits.npz --reference digits.npz --extractor digits --max-image-pixels 9",
+            "--max-image-pixels has no effect where no image files or tars are read",
+        ),
         ("--images digits.npz --reference digits.npz --extractor digits --extractor-weights x", "received some for"),
     ],
 )
@@ -251,6 +255,20 @@ def test_bad_input_is_one_sentence(root: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.chdir(root)
     with pytest.raises((ConfigError, DataError), match=reason):
         evaluate(root, *arguments.split())
+
+
+def test_images_above_the_limit_are_let_in_by_a_flag(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)  # Pillow refuses twice as many
+    generator = np.random.default_rng(0)
+    for number in range(20):
+        (tmp_path / "large").mkdir(exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (8, 8), np.uint8)).save(tmp_path / "large" / f"{number}.png")
+    flags = ["--images", str(tmp_path / "large"), "--reference", str(root / "digits.npz"), "--extractor", "digits"]
+    with pytest.raises(DataError, match=r"it has more than 63 pixels, which --max-image-pixels of .* can raise"):
+        evaluate(root, *flags, "--max-image-pixels", "63")
+    assert evaluate(root, *flags, "--max-image-pixels", "64")[0]["fid"]["value"] > 0
 
 
 NAN = """

@@ -257,6 +257,10 @@ LIES: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
     "an empty config": ("export", lambda gift, _: (gift / "config.yaml").write_text("")),
     "a model of a petabyte": ("export", lambda gift, _: edit(gift / "config.yaml", {"model": {"hidden_size": 2**24}})),
     "a model of a billion blocks": ("export", lambda gift, _: edit(gift / "config.yaml", {"model": {"depth": 10**9}})),
+    "a sampler of a billion evaluations": (
+        "export",
+        lambda gift, _: edit(gift / "config.yaml", {"sampler": {"nfe": 10**9}}),
+    ),
     "a billion classes": ("export", lambda gift, _: edit(gift / "config.yaml", {"data": {"num_classes": 10**12}})),
     "a latent of a terabyte": (
         "export", lambda gift, _: edit(gift / "config.yaml", {"data": {"latent_shape": [1, 2**20, 2**20]}}),

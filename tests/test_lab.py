@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import stat
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +53,23 @@ def test_every_verb_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> Non
         command.main(["--help"])
     shown = capsys.readouterr().out
     assert all(f"\n    {verb}" in shown for verb in command.VERBS)
+
+
+# --- whose its files are ---
+
+
+@needs_lab
+def test_its_files_are_for_nobody_else_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "lab"
+    for name in ("SHARED", "DISK", "LOGS", "TOKEN", "HOSTS_FILE"):
+        monkeypatch.setattr(layout, name, root / name.lower())
+    monkeypatch.setattr(layout, "ROOT", root)
+    try:
+        lab._make_places()
+        assert stat.S_IMODE(root.stat().st_mode) == 0o700
+        assert stat.S_IMODE(layout.TOKEN.stat().st_mode) == 0o600
+    finally:
+        subprocess.run(["umount", layout.SHARED], check=True)
 
 
 # --- how it counts ---

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from eqm_dist.errors import BusyError
@@ -60,7 +62,7 @@ def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def of_another_machine(directory: Path) -> Path:
     """The file of a holder elsewhere."""
-    holder = Holder("1" * 32, "elsewhere", 7, 0.0, "2026-01-01 00:00:00", "train.py")
+    holder = Holder("1" * 32, "elsewhere", 7, "another machine", 0.0, "2026-01-01 00:00:00", "train.py")
     directory.mkdir(exist_ok=True)
     file = directory / LEASE_FILE
     file.write_text(json.dumps(dataclasses.asdict(holder)))
@@ -91,6 +93,47 @@ def test_a_number_that_another_process_has_now_is_not_the_holder(tmp_path: Path)
         assert dataclasses.replace(holder, started=holder.started - 100).gone
 
 
+@pytest.mark.parametrize("seconds", [-3600, 3600])
+def test_a_clock_that_is_set_does_not_make_a_living_holder_a_dead_one(
+    seconds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process starts so long after its machine, and the system's word for when that was moves with the clock."""
+    with another_process(tmp_path):
+        started = psutil.boot_time()
+        monkeypatch.setattr("psutil._pslinux.boot_time", lambda: started + seconds)
+        with pytest.raises(BusyError):
+            take(tmp_path)
+
+
+@pytest.mark.usefixtures("short_lease")
+def test_another_machine_or_container_of_the_same_name_is_not_looked_for_here(tmp_path: Path) -> None:
+    """Containers on the network of their machine have its name and processes of their own."""
+    file, over = of_another_machine(tmp_path), threading.Event()
+    holder = Holder(**json.loads(file.read_text()))
+    file.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(holder, host=socket.gethostname()))))
+
+    def live() -> None:
+        while not over.wait(0.1):
+            os.utime(file)
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    try:
+        with pytest.raises(BusyError, match="held by process 7"):
+            take(tmp_path)
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_a_process_that_ended_and_that_nobody_asked_for_holds_nothing(tmp_path: Path) -> None:
+    """As long as its parent does not wait for it, its number stays taken."""
+    with another_process(tmp_path) as process:
+        os.kill(process.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        take(tmp_path)
+
+
 @pytest.mark.usefixtures("short_lease")
 def test_a_holder_elsewhere_that_gives_no_sign_of_life_is_dead(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -119,7 +162,7 @@ def test_a_holder_elsewhere_that_lives_is_not_disturbed(tmp_path: Path) -> None:
     assert json.loads(file.read_text())["host"] == "elsewhere"
 
 
-@pytest.mark.parametrize("content", ["", "null", "[]", '{"id": 1}', "not json"])
+@pytest.mark.parametrize("content", ["", "null", "[]", '{"id": 1}', "not json", "[" * 60_000, " " * 100_000 + "{}"])
 def test_a_file_that_says_nothing_holds_nothing(content: str, tmp_path: Path) -> None:
     (tmp_path / LEASE_FILE).write_text(content)
     take(tmp_path)

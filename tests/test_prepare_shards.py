@@ -260,6 +260,26 @@ def test_repaired_and_replaced_images_of_every_source_are_taken(tmp_path: Path, 
     assert np.array_equal(prepared(), [pixels(number, 8, 8) for number in (0, 1, 3, 3)])
 
 
+def test_idx_files_that_change_are_taken(tmp_path: Path) -> None:
+    grey = np.stack([pixels(number, 8, 8)[:, :, 0] for number in range(4)])
+    labels = np.array([0, 1, 2, 1], np.uint8)
+
+    def prepared(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        write_idx(tmp_path / "train-images-idx3-ubyte", images)
+        write_idx(tmp_path / "train-labels-idx1-ubyte", labels)
+        flags = f"--source idx --input {tmp_path} --samples-per-shard 2 --channels 1 --out {tmp_path / 'out'}"
+        main([*flags.split(), *LOCAL])
+        moments, found = ShardReader(tmp_path / "out").read(np.arange(4))
+        return IdentityAutoencoder().decode(moments[:, 0, :1]).numpy()[..., 0], found.tolist()
+
+    for images, classes in ((grey, labels), (grey[[0, 1, 3, 3]], labels), (grey[[0, 1, 3, 3]], labels[::-1].copy())):
+        read, found = prepared(images, classes)
+        assert np.array_equal(read, images)
+        assert found == classes.tolist()
+    with pytest.raises(DataError, match=r"A directory holds one data set.*of 16x4"):
+        prepared(grey.reshape(4, 4, 16), labels)
+
+
 def test_more_classes_than_folders_are_named_by_their_numbers(tmp_path: Path) -> None:
     write_tree(tmp_path / "tree", good=6)
     prepare_tree(tmp_path / "tree", tmp_path / "out", "--num-classes", "4")

@@ -2,9 +2,11 @@
 
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,63 @@ def test_an_address_where_no_cluster_answers_is_one_sentence(address: str, monke
     ):
         pass
     assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """The record of a cluster, where Ray looks for it; somebody listens at its address."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    file = tmp_path / "ray" / "ray_current_cluster"
+    file.parent.mkdir()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        file.write_text(f"127.0.0.1:{listener.getsockname()[1]}\n")
+        yield file
+
+
+def test_a_cluster_of_this_user_is_found(record: Path) -> None:
+    assert ray_cluster._own_cluster() == record.read_text().strip()
+    record.write_text("10.0.0.1:6379")  # on a worker node, the head is elsewhere
+    assert ray_cluster._own_cluster() == "10.0.0.1:6379"
+    record.unlink()
+    assert ray_cluster._own_cluster() is None
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can write in another's name")
+def test_a_cluster_that_another_user_recorded_is_not_joined(
+    record: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    os.chown(record, 12345, 12345)
+    assert ray_cluster._own_cluster() is None
+    assert "is another user's and not joined; RAY_ADDRESS can name it" in caplog.text
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with pytest.raises(LaunchError, match=r"^RAY_ADDRESS=auto must find a cluster that you have started"):
+        ray_cluster._join("auto")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can listen in another's name")
+def test_a_stale_record_at_whose_port_another_user_listens_is_not_joined(record: Path) -> None:
+    listen = "import os, socket; os.setuid(12345); s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen(); "
+    listen += "print(s.getsockname()[1], flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", listen], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        record.write_text(f"127.0.0.1:{other.stdout.readline().strip()}")
+        assert ray_cluster._own_cluster() is None
+        other.communicate("\n")
+
+
+def test_a_record_that_is_a_link_or_a_pipe_is_none(record: Path, tmp_path: Path) -> None:
+    record.rename(tmp_path / "elsewhere")
+    record.symlink_to(tmp_path / "elsewhere")
+    assert ray_cluster._own_cluster() is None
+    record.unlink()
+    os.mkfifo(record)
+    assert ray_cluster._own_cluster() is None
 
 
 def test_a_start_that_ray_gives_up_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -13,7 +14,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from eqm_dist.config import Config
-from eqm_dist.errors import TrackingError
+from eqm_dist.errors import DataError, TrackingError
 from eqm_dist.options import dump, flatten, parse
 from eqm_dist.run_directory import MLFLOW_FILE
+from eqm_dist.storage.lock import locked
 from eqm_dist.track.jsonl import JsonlTracker, last_values, read_metrics
-from eqm_dist.track.mlflow import MlflowRun, MlflowTracker, close_run, default_uri, open_run
+from eqm_dist.track.mlflow import MlflowRun, MlflowTracker, close_run, default_uri, open_run, recorded_run
 from eqm_dist.track.result import read_result
 from tests import tiny
 
@@ -375,13 +377,61 @@ def test_processes_that_open_a_new_store_at_once_all_have_it(tmp_path: Path) -> 
     assert len(client(tmp_path).search_runs(["1"])) == 3
 
 
+def test_a_store_that_another_process_keeps_opening_is_named(tmp_path: Path) -> None:
+    uri = default_uri(tmp_path)
+    with (
+        locked(tmp_path / "mlflow.db.lock"),
+        pytest.raises(
+            TrackingError, match=rf"^The MLflow store {uri} is being opened: .* must be free within 0.3 s, but"
+        ),
+    ):
+        new_run(tmp_path / "run", uri, timeout_s=0.3)
+    assert new_run(tmp_path / "run", uri, timeout_s=30).tracking_uri == uri
+
+
+def test_a_root_with_a_per_cent_sign_gets_no_twin(tmp_path: Path) -> None:
+    """Neither from MLflow, which takes the %25 of an address for a part of the name, nor from us."""
+    root = tmp_path / "a%b what?"
+    root.mkdir()
+    run = new_run(root / "run", default_uri(root), timeout_s=30)
+    tracker = MlflowTracker(run)
+    tracker.log(1, {"train/loss": 1.5})
+    tracker.finish()
+    close_run(run, "FINISHED")
+    assert [path.name for path in tmp_path.iterdir()] == [root.name]
+    assert history_of(root / "mlflow.db") == [(1, 1.5)]
+
+
+def history_of(store: Path) -> list[tuple[int, float]]:
+    with sqlite3.connect(store) as tables:
+        found = tables.execute("SELECT step, value FROM metrics WHERE key = 'train/loss'").fetchall()
+    tables.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"null", b"{}", b"[" * 100_000, b'{"tracking_uri": 1, "run_id": 2, "timeout_s": 3}']
+)
+def test_a_damaged_record_of_where_a_run_is_recorded_is_one_sentence(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / MLFLOW_FILE).write_bytes(content)
+    for read in (recorded_run, lambda path: new_run(path, default_uri(tmp_path), timeout_s=30)):
+        with pytest.raises(DataError, match=r"must say where the run is recorded.*; restore or delete it") as raised:
+            read(tmp_path)
+        assert "\n" not in str(raised.value)
+
+
 # --- an MLflow server ---
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """One that stays free until it is taken on purpose: the kernel and Ray give theirs out of other ranges."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    candidates = range(20_000, first) or range(1024, 10_000)
+    while True:
+        port = random.choice(candidates)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 @contextmanager

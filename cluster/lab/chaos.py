@@ -107,7 +107,7 @@ def play(name: str, scenario: Scenario, reference: WatchedRun) -> dict[str, Any]
     """One scenario on a whole lab; what came of it."""
     _whole_lab(scenario.workers, scenario.rate_mbit)
     run = WatchedRun(f"{name}-{datetime.now():%H%M%S}", {**FLAGS, "train.steps": scenario.steps, **scenario.flags})
-    trouble, submitted, problems = Trouble(run), time.time(), []
+    trouble, submitted, problems = Trouble(run), time.monotonic(), []
     run.submit()
     try:
         scenario.play(trouble)

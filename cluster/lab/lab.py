@@ -189,11 +189,12 @@ def status() -> str:
 
 
 def _make_places() -> None:
+    layout.ROOT.mkdir(mode=0o700, parents=True, exist_ok=True)  # what hosts write is nobody else's on this machine
     for place in (layout.SHARED, layout.DISK, layout.LOGS):
         place.mkdir(parents=True, exist_ok=True)
     if not _is_mounted(layout.SHARED):
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SHARED_SIZE}", "eqm-lab", layout.SHARED], check=True)
-    layout.TOKEN.touch(mode=0o600)
+    layout.TOKEN.touch(mode=0o600)  # first, for it must never be there for others to read
     layout.TOKEN.write_text(secrets.token_hex(32))
     names = [f"{layout.address(host)} {host}" for host in layout.ALL_HOSTS]
     layout.HOSTS_FILE.write_text("\n".join(["127.0.0.1 localhost", *names, ""]))

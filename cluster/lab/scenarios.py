@@ -31,7 +31,7 @@ class Trouble:
 
     def strike(self, fault: Callable[..., None], *arguments: Any) -> None:
         """Cause a fault, and remember when."""
-        self.times.append(time.time())
+        self.times.append(time.monotonic())
         fault(*arguments)
 
 

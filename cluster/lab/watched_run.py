@@ -133,7 +133,7 @@ class WatchedRun:
                 inode, size = now.st_ino, now.st_size
                 step = _last_step(file)
                 if step is not None:
-                    self.seen.append(Seen(time.time(), attempt, step))
+                    self.seen.append(Seen(time.monotonic(), attempt, step))
 
 
 def _environment() -> dict[str, str]:

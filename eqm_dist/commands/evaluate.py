@@ -69,6 +69,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--channels", type=int, choices=[1, 3], help="image files are read as grey (1) or RGB (3)")
     parser.add_argument(
+        "--max-image-pixels",
+        type=cli.count,
+        metavar="N",
+        help="largest number of pixels of an image file (default: 178956970)",
+    )
+    parser.add_argument(
         "--kid-subsets",
         type=cli.count,
         metavar="N",
@@ -115,6 +121,7 @@ def main(arguments: Sequence[str]) -> None:
     metrics = [metric.strip() for metric in options.metrics.split(",")]
     _check_flags(options, metrics, [key for layer, _ in overrides for key in layer])
 
+    from eqm_dist.data.bounds import MAX_IMAGE_PIXELS
     from eqm_dist.evaluate.record import append_records, table
     from eqm_dist.evaluate.statistics import metric_of
     from eqm_dist.launch.evaluation import Judge, extractor_of
@@ -149,6 +156,7 @@ def main(arguments: Sequence[str]) -> None:
         cache=None if options.cache == "none" else options.cache or CACHE,
         resolution=options.resolution,
         channels=options.channels,
+        max_pixels=options.max_image_pixels or MAX_IMAGE_PIXELS,
     )
     location = options.reference
     if location is None and model is not None and compares:
@@ -157,6 +165,8 @@ def main(arguments: Sequence[str]) -> None:
         judge.check_samples(options.samples, "--samples")
     if options.images:
         judge.check_images(options.images)
+    if options.max_image_pixels is not None and not any(map(judge.decodes, filter(None, (options.images, location)))):
+        raise ConfigError("--max-image-pixels has no effect where no image files or tars are read; leave it out.")
     reference = judge.reference(location)
     if options.save_reference and reference is not None:
         reference.save(Path(options.save_reference))

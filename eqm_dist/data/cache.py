@@ -9,18 +9,17 @@ Locks are the kernel's and go with their process, however it ends. What was used
 is reached; a file that is open or mapped stays readable after that, for on Unix only its name is removed.
 """
 
-import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from eqm_dist.data.manifest import FileRecord, check_checksum
-from eqm_dist.errors import ConfigError
+from eqm_dist.errors import BusyError, ConfigError
 from eqm_dist.storage.files import TEMPORARY_SUFFIX, fsync_directory, storage_errors
 from eqm_dist.storage.folder import Folder
 from eqm_dist.storage.location import local_path
+from eqm_dist.storage.lock import locked
 
 LOCK_SUFFIX = ".lock"
 
@@ -56,7 +55,7 @@ class FileCache:
         path = self._directory / record.sha256
         file = self._open_entry(path, record)
         if file is None:
-            with self._locked(record.sha256):
+            with locked(self._lock_file(record.sha256)):
                 file = self._open_entry(path, record) or self._fetch(folder, record, path)
         return file
 
@@ -98,7 +97,7 @@ class FileCache:
 
     def _make_room(self, record: FileRecord, file: BinaryIO) -> None:
         """Remove what was used longest ago until ``record`` fits, and take its room before its bytes are there."""
-        with self._locked("evict"):
+        with locked(self._lock_file("evict")):
             entries: list[tuple[float, int, Path]] = []
             for path in self._directory.iterdir():
                 if path.suffix != LOCK_SUFFIX:
@@ -118,20 +117,12 @@ class FileCache:
         if path.suffix != TEMPORARY_SUFFIX:
             path.unlink(missing_ok=True)
             return True
-        with open(path.with_suffix(LOCK_SUFFIX), "ab") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            path.unlink(missing_ok=True)
-            return True
+        try:
+            with locked(path.with_suffix(LOCK_SUFFIX), wait_s=0):
+                path.unlink(missing_ok=True)
+        except BusyError:
+            return False
+        return True
 
-    @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        path = self._directory / (name + LOCK_SUFFIX)
-        with storage_errors("lock", path):
-            lock = open(path, "ab")  # noqa: SIM115
-        with lock:
-            with storage_errors("lock", path):
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+    def _lock_file(self, name: str) -> Path:
+        return self._directory / (name + LOCK_SUFFIX)

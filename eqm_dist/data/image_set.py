@@ -27,6 +27,7 @@ from PIL import Image
 from webdataset.writer import TarWriter
 
 from eqm_dist.data.npy import read_array, read_header
+from eqm_dist.documents import mapping_from_json, read_bounded
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.storage.files import atomic_write, storage_errors
 from eqm_dist.storage.lease import LEASE_FILE
@@ -40,6 +41,7 @@ NPZ_FILE = "samples.npz"
 GRID_FILE, NFE_FILE = PICTURES = "grid.png", "nfe.png"
 """Pictures of a set that lie beside its images and are none of them."""
 _UNITS = ".units"
+_FACTS = "label", "nfe", "complete", "finite"
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,11 @@ class ImageSet:
         """Join what all units left, write the record of the set, and return it.
 
         Raises:
+            DataError: the record of a unit is damaged.
             StorageError: a file cannot be written.
         """
-        units = [json.loads(self._record(unit).read_bytes()) for unit in self.units()]
-        facts = {name: [value for unit in units for value in unit["facts"][name]] for name in units[0]["facts"]}
+        units = [self._recorded(unit) for unit in self.units()]
+        facts = {name: [value for unit in units for value in unit["facts"][name]] for name in _FACTS}
         lines = [",".join(["index", *facts])]
         lines += [",".join(map(str, map(int, row))) for row in zip(range(self.count), *facts.values(), strict=True)]
         atomic_write(self.directory / FACTS_FILE, ("\n".join(lines) + "\n").encode())
@@ -140,9 +143,17 @@ class ImageSet:
         return whole
 
     def nfe(self) -> list[int]:
-        """The evaluations of every image of a complete set."""
-        with (self.directory / FACTS_FILE).open(newline="") as file:
-            return [int(row["nfe"]) for row in csv.DictReader(file)]
+        """The evaluations of every image of a complete set.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        path = self.directory / FACTS_FILE
+        try:
+            with storage_errors("read", path), path.open(newline="") as file:
+                return [int(row["nfe"]) for row in csv.DictReader(file)]
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            raise DataError(f"{path} is damaged ({error!r}); delete its directory to start over.") from None
 
     def read(self, count: int) -> Iterator[np.ndarray]:
         """The first ``count`` images [H, W, C] of a complete set, as they were written."""
@@ -181,6 +192,21 @@ class ImageSet:
                 with archive.open("arr_1.npy", "w") as file:
                     npy.write_array(file, labels)
             temporary.replace(path)
+
+    def _recorded(self, unit: Unit) -> dict[str, Any]:
+        """What ``write`` recorded of a unit: its precision, and of each fact a number for each image."""
+        path, drawn = self._record(unit), unit.stop - unit.start
+        try:
+            with storage_errors("read", path):
+                found = mapping_from_json(read_bounded(path))
+            facts = found["facts"]
+            if facts.keys() != set(_FACTS) or any(not _are_numbers(values, drawn) for values in facts.values()):
+                raise ValueError(f"it must hold {drawn} numbers each of {', '.join(_FACTS)}")
+            if not isinstance(found["precision"], str):
+                raise ValueError("its precision must be a word")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise DataError(f"{path} is damaged ({error}); delete it and run the same command again.") from None
+        return found
 
     def _record(self, unit: Unit) -> Path:
         return self.directory / _UNITS / f"{unit.number:05d}.json"
@@ -222,9 +248,11 @@ def open_image_set(directory: Path, settings: Mapping[str, Any], format: Format,
 
 def _resume(path: Path, wanted: Mapping[str, Any]) -> int:
     try:
-        begun = json.loads(path.read_bytes())
+        begun = mapping_from_json(read_bounded(path))
         unit = begun.pop("unit")
-    except (ValueError, KeyError, AttributeError) as error:
+        if type(unit) is not int or unit < 1:
+            raise ValueError(f"a unit has {str(unit)[:50]} images")
+    except (ValueError, KeyError) as error:
         raise DataError(f"{path} is damaged ({error!r}); delete its directory to start over.") from None
     for key in sorted(begun.keys() | wanted.keys()):
         if begun.get(key) != wanted.get(key):
@@ -233,6 +261,10 @@ def _resume(path: Path, wanted: Mapping[str, Any]) -> int:
                 " choose another --out."
             )
     return unit
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    return isinstance(values, list) and [type(value) in (int, bool) for value in values] == [True] * count  # pyright: ignore
 
 
 def _png(image: np.ndarray) -> bytes:

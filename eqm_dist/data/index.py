@@ -9,12 +9,12 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from eqm_dist.data.bounds import MAX_TEXT_BYTES
-from eqm_dist.data.foreign_json import parse_json
 from eqm_dist.data.labels import LABEL_BYTES, check_label, parse_label
 from eqm_dist.data.manifest import FileRecord, Manifest, check_bytes, check_checksum, record_of
 from eqm_dist.data.npy import read_header
 from eqm_dist.data.sources.image import SkippedImage
 from eqm_dist.data.tar_members import TarMember, read_members
+from eqm_dist.documents import from_json
 from eqm_dist.errors import DataError
 from eqm_dist.storage.files import storage_errors
 from eqm_dist.storage.folder import Folder
@@ -249,7 +249,7 @@ def _add(found: dict[str, int], name: str, suffix: str, value: int) -> None:
 def _skipped(file: BinaryIO, member: TarMember) -> tuple[SkippedImage, ...]:
     if member.size > MAX_TEXT_BYTES:
         raise ValueError(f"{member.name} has {member.size:,} bytes, more than {MAX_TEXT_BYTES:,}")
-    listed = parse_json(file.read(member.size))
+    listed = from_json(file.read(member.size))
     fields = ("key", "name", "reason")
     if not isinstance(listed, list) or not all(
         isinstance(each, dict) and each.keys() == set(fields) and all(isinstance(each[field], str) for field in fields)

@@ -17,7 +17,7 @@ from typing import Annotated, BinaryIO, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from eqm_dist.data.bounds import MAX_CLASSES, MAX_MOMENTS_BYTES, MAX_TEXT_BYTES
-from eqm_dist.data.foreign_json import parse_json
+from eqm_dist.documents import from_json
 from eqm_dist.errors import DataError, StorageError
 from eqm_dist.storage.files import storage_errors
 from eqm_dist.storage.folder import Folder, LocalFolder
@@ -211,7 +211,7 @@ def parse_manifest(text: bytes, path: str) -> Manifest:
         DataError: its format is unknown, or it is damaged.
     """
     try:
-        version = parse_json(text)["version"]
+        version = from_json(text)["version"]
         if version != VERSION:
             raise DataError(
                 f"The manifest must have version {VERSION}, but {path} has version {repr(version)[:40]}; "

@@ -167,15 +167,14 @@ def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
 
 def _loaded(content: bytes, max_pixels: int) -> Image.Image:
     """A file with its pixels, if they are not too many."""
-    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = max_pixels  # the process's own limit: it may not be below what is asked for
-    try:
-        file = Image.open(io.BytesIO(content), formats=FORMATS)
-    except Image.DecompressionBombError:
-        file = None
-    if file is None or file.width * file.height > max_pixels:
+    Image.MAX_IMAGE_PIXELS = (
+        None  # of the whole process: above it Pillow prints a warning, above twice of it it refuses
+    )
+    file = Image.open(io.BytesIO(content), formats=FORMATS)
+    if file.width * file.height > max_pixels:
         raise OSError(
-            f"it has more than {max_pixels:,} pixels, which --max-image-pixels of prepare_shards.py can raise"
+            f"it has more than {max_pixels:,} pixels, which --max-image-pixels of prepare_shards.py and evaluate.py can"
+            " raise"
         )
     file.load()
     return file

@@ -5,8 +5,8 @@ import logging
 import time
 from pathlib import Path
 
-from eqm_dist.data.foreign_json import parse_json
 from eqm_dist.data.manifest import MANIFEST_NAME, Manifest, parse_manifest, read_manifest
+from eqm_dist.documents import mapping_from_json, read_bounded
 from eqm_dist.errors import DataError
 from eqm_dist.storage.files import atomic_write, storage_errors
 from eqm_dist.storage.location import DEADLINE_S
@@ -67,12 +67,11 @@ class _Sent:
     def __init__(self, path: Path, location: str) -> None:
         self._path, self._location = path, location
         self._hashes: dict[str, str | None] = {}
-        with storage_errors("read", path):
-            text = path.read_bytes() if path.exists() else b"{}"
         try:
-            found = parse_json(text)
+            with storage_errors("read", path):
+                found = mapping_from_json(read_bounded(path) if path.exists() else b"{}")
             self._hashes = dict(found["files"]) if found.get("location") == location else {}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{path} is damaged ({error!r}); delete it and empty the prefix, then everything is sent again."
             ) from error

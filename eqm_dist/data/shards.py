@@ -6,12 +6,11 @@ preparation that was killed goes on where it was: the request comes first, then 
 report and the index, the manifest last. A shard whose images were changed or repaired since is written again too.
 """
 
-import fcntl
 import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import torch
 
 from eqm_dist.data.assemble import assemble
 from eqm_dist.data.encode import ShardTask, ShardWriter, check_shard
-from eqm_dist.data.foreign_json import parse_json
 from eqm_dist.data.index import ShardIndex
 from eqm_dist.data.manifest import (
     MANIFEST_NAME,
@@ -34,11 +32,13 @@ from eqm_dist.data.manifest import (
 from eqm_dist.data.source_changes import SourceChanges
 from eqm_dist.data.sources.digits import Digits
 from eqm_dist.data.sources.image import ImageSource, SkippedImage
+from eqm_dist.documents import mapping_from_json, read_bounded
 from eqm_dist.errors import DataError
 from eqm_dist.models.autoencoder import Autoencoder, IdentityAutoencoder
 from eqm_dist.storage.files import atomic_write, remove_leftovers, storage_errors
 from eqm_dist.storage.folder import LocalFolder
 from eqm_dist.storage.location import local_path
+from eqm_dist.storage.lock import locked
 
 REQUEST_NAME = "preparation.json"
 REPORT_NAME = "report.json"
@@ -137,7 +137,8 @@ def write_shards(
     changes = SourceChanges(directory, source)
     if _finished(directory, request) and not changes.possible():
         return read_manifest(directory)
-    with _alone_in(directory):
+    said = partial(logger.info, "Waiting for another process that prepares %s.", directory)
+    with locked(directory / ".lock", waiting=said):
         finished = _finished(directory, request)  # perhaps by another process, while this one waited
         if finished and not changes.possible():
             return read_manifest(directory)
@@ -200,8 +201,8 @@ def _check_request(directory: Path, request: dict[str, Any]) -> None:
     path = directory / REQUEST_NAME
     try:
         with storage_errors("read", path):
-            found = dict(parse_json(path.read_bytes() if path.exists() else b"{}"))
-    except (ValueError, TypeError) as error:
+            found = mapping_from_json(read_bounded(path) if path.exists() else b"{}")
+    except ValueError as error:
         raise DataError(f"{path} is damaged ({error}); delete {directory} and prepare the data set again.") from error
     different = [
         f"{field}={found.get(field)!r}, not {value!r}" for field, value in request.items() if found.get(field) != value
@@ -226,22 +227,6 @@ def _check_recorded(directory: Path) -> None:
         if path.exists():
             with storage_errors("read", path), open(path, "rb") as file:
                 check_checksum(file, path, record)
-
-
-@contextmanager
-def _alone_in(directory: Path) -> Iterator[None]:
-    """Hold a directory for one writer; the lock goes when its process does, however it ends."""
-    path = directory / ".lock"
-    with storage_errors("lock", path):
-        file = open(path, "ab")  # noqa: SIM115
-    with file:
-        with storage_errors("lock", path):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.info("Waiting for another process that prepares %s.", directory)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _remove(paths: Sequence[Path]) -> None:

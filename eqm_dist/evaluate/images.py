@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eqm_dist.data.bounds import MAX_IMAGE_BYTES, MAX_SIDE
+from eqm_dist.data.bounds import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, MAX_SIDE
 from eqm_dist.data.cache import FileCache
-from eqm_dist.data.foreign_json import parse_json
 from eqm_dist.data.image_set import NPZ_FILE, PICTURES, RECORD_FILE, SETTINGS_FILE
 from eqm_dist.data.loader import ShardReader
 from eqm_dist.data.manifest import MANIFEST_NAME
@@ -28,6 +27,7 @@ from eqm_dist.data.sources import LabelledImage, RawImage, SkippedImage
 from eqm_dist.data.sources.files import find_files
 from eqm_dist.data.sources.names import is_image, readable, without_hidden
 from eqm_dist.data.sources.tars import image_members
+from eqm_dist.documents import from_json
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.models.autoencoder import Autoencoder, load_autoencoder, mean_latents
 from eqm_dist.storage.files import storage_errors
@@ -69,7 +69,9 @@ class Images(Protocol):
         ...
 
 
-def open_images(location: str, *, resolution: int | None = None, channels: int = 3) -> Images:
+def open_images(
+    location: str, *, resolution: int | None = None, channels: int = 3, max_pixels: int = MAX_IMAGE_PIXELS
+) -> Images:
     """The images at a location.
 
     Args:
@@ -77,6 +79,7 @@ def open_images(location: str, *, resolution: int | None = None, channels: int =
             image files, however deep; a glob of image files; or what ``pipelines/sample.py`` wrote.
         resolution: crop files and tars to the centre square of so many pixels; None takes them as they are.
         channels: 1 reads files and tars as grey, 3 as RGB.
+        max_pixels: a file with more is not decoded.
 
     Raises:
         ConfigError: arrays of another resolution.
@@ -122,7 +125,7 @@ def open_images(location: str, *, resolution: int | None = None, channels: int =
                 f"Images must be an .npz with {ADM_IMAGES}, tars, shards or a folder of image files, and {location}"
                 " holds none; correct the path."
             )
-        return DecodedImages(raw, resolution, channels)
+        return DecodedImages(raw, resolution, channels, max_pixels)
     if resolution is not None and len(images):
         _, height, width, _ = next(images.read(0, 1, 1)).shape
         if (height, width) != (resolution, resolution):
@@ -142,7 +145,7 @@ def _is_image_set(folder: Folder) -> bool:
     if folder.size(SETTINGS_FILE) is None:
         return False
     try:
-        settings = parse_json(folder.read(SETTINGS_FILE, 0, MAX_SETTINGS_BYTES))
+        settings = from_json(folder.read(SETTINGS_FILE, 0, MAX_SETTINGS_BYTES))
     except ValueError:
         return False
     if not (isinstance(settings, dict) and {"format", "samples", "unit"} <= settings.keys()):
@@ -228,10 +231,10 @@ def _tar_members(location: str, folder: Folder, tars: Sequence[str]) -> RawImage
 class DecodedImages:
     """Image files and members of tars as pixels: ``Images``. All must have the size of the first."""
 
-    def __init__(self, raw: RawImages, resolution: int | None, channels: int) -> None:
+    def __init__(self, raw: RawImages, resolution: int | None, channels: int, max_pixels: int) -> None:
         self.location = raw.location
         self._raw = raw
-        self._prepared = PreparedImages(raw, resolution=resolution, channels=channels)
+        self._prepared = PreparedImages(raw, resolution=resolution, channels=channels, max_pixels=max_pixels)
         self._kind = f"resolution {resolution}, channels {channels}"
 
     def __len__(self) -> int:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from eqm_dist.data.bounds import MAX_IMAGE_PIXELS
 from eqm_dist.data.image_set import RECORD_FILE, Unit
 from eqm_dist.documents import mapping_from_json, read_bounded
 from eqm_dist.errors import ConfigError, DataError
 from eqm_dist.evaluate.extractors import INCEPTION, is_file_name, load_extractor
-from eqm_dist.evaluate.images import Images, open_images
+from eqm_dist.evaluate.images import DecodedImages, Images, open_images
 from eqm_dist.evaluate.labels import labels_of
 from eqm_dist.evaluate.record import records_of
 from eqm_dist.evaluate.references import cached_statistics, load_statistics, published_moments, save_statistics
@@ -87,7 +88,8 @@ class Judge:
         launcher: ``ray``, or ``local`` for this process alone.
         actors: most actors; None for all that there is room for.
         cache: directory of the statistics of references; None or nothing keeps none.
-        resolution, channels: how files and tars are read, see ``open_images``; channels None are the extractor's.
+        resolution, channels, max_pixels: how files and tars are read, see ``open_images``; channels None are the
+            extractor's.
     """
 
     extractor: str
@@ -100,6 +102,7 @@ class Judge:
     cache: str | None = None
     resolution: int | None = None
     channels: int | None = None
+    max_pixels: int = MAX_IMAGE_PIXELS
 
     def images(self, location: str, reference: "Reference | None") -> list[dict[str, Any]]:
         """Records of the metrics of images made by anybody.
@@ -194,6 +197,15 @@ class Judge:
         """
         self._check_count(len(self._open(location)), f"images in {location}")
 
+    def decodes(self, location: str) -> bool:
+        """Whether there are image files or tars at a location, and no arrays or statistics.
+
+        Raises:
+            EqmDistError: one sentence for the user.
+        """
+        of_arrays = location.endswith((STATISTICS_SUFFIX, ".npz"))
+        return not of_arrays and isinstance(self._open(location), DecodedImages)
+
     def check_samples(self, samples: int, flag: str = "--samples") -> None:
         """Fail before anything is measured where a flag says that too few images are drawn.
 
@@ -210,7 +222,7 @@ class Judge:
     def _open(self, location: str) -> Images:
         shape = getattr(self._loaded(), "image_shape", None)
         channels = self.channels or (shape[2] if shape else 3)
-        images = open_images(location, resolution=self.resolution, channels=channels)
+        images = open_images(location, resolution=self.resolution, channels=channels, max_pixels=self.max_pixels)
         found = next(images.read(0, 1, 1)).shape[3] if self.channels and len(images) else self.channels
         if found != self.channels:
             raise ConfigError(

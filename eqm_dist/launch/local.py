@@ -14,11 +14,10 @@ def train(opened: OpenRun) -> None:
     """Train to the last step.
 
     Raises:
-        KeyboardInterrupt: the user has ended the run, which is saved.
+        KeyboardInterrupt: the user, or the system, has ended the run, which is saved.
     """
     setup_logging(log_file(opened.directory, 0))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Interrupt() as interrupt:
         run_to_end(opened, replace(build_run(opened, device), must_stop=lambda reported: interrupt.asked))
-    if interrupt.asked:
-        raise KeyboardInterrupt
+    interrupt.check()

@@ -29,6 +29,6 @@ class Preemption:
         self._known |= new
         if rank() == 0:
             workers = ", ".join(map(str, info.preempted_ranks))
-            when = f"in {info.deadline_ms / 1000 - time.time():.0f} s" if info.deadline_ms else "soon"
+            when = f"in {max(0.0, info.deadline_ms / 1000 - time.time()):.0f} s" if info.deadline_ms else "soon"
             logger.warning("warning: the machine of worker %s will be taken away %s; saving now", workers, when)
         return True

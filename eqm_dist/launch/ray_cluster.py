@@ -4,25 +4,35 @@ import logging
 import os
 import re
 import secrets
+import signal
 import socket
+import stat
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import ray
-from ray._private import ray_constants, services
+from ray._private import ray_constants, worker
+from ray._private.utils import get_ray_address_file
 from ray.exceptions import RayError
 
 from eqm_dist.errors import LaunchError
 from eqm_dist.redaction import redacted
 
+logger = logging.getLogger(__name__)
+
 _CONNECT_TIMEOUT_S = 10
 # The driver shows rank 0's own log; Ray's copies of it would only repeat the lines.
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
 _REFUSALS = (OSError, RuntimeError, ValueError, RayError)
+_MOST_CHARACTERS = 1000  # of an address
+_LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
+_LISTENS = "0A"  # in /proc/net/tcp
 _MOST_CPU_WORKERS = 4  # beyond that, exchanging gradients on a CPU costs more than it saves
 
 
@@ -45,7 +55,8 @@ class Offer:
 
 @contextmanager
 def cluster() -> Iterator[None]:
-    """Join the cluster that RAY_ADDRESS names, or one that ``ray start`` began here; else start a local one and end it.
+    """Join the cluster that RAY_ADDRESS names, or one that this user's ``ray start`` began here; else start a local one
+    and end it.
 
     A local cluster is nobody else's: it listens on the loopback interface, its files lie in a directory of the user's
     own, and its token is not for others to read. A process that is in a cluster stays in it.
@@ -56,30 +67,87 @@ def cluster() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS", "") or services.find_bootstrap_address(None) or "local"
+    address = os.environ.get("RAY_ADDRESS", "") or _own_cluster() or "local"
     local = address == "local"
     with _private_directory() if local else nullcontext("") as private:
         try:
-            _start(private) if local else _join(address)
+            with _own_signals():
+                worker.print_to_stdstream = _said_by_ourselves
+                _start(private) if local else _join(address)
             yield
         finally:
             ray.shutdown()
+
+
+def _said_by_ourselves(*_: object, **__: object) -> None:
+    """Ray's daemons tell the terminal in their words of a lost worker, which the run's log tells in ours."""
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep the process's handler of SIGTERM: Ray sets one that prints the stack of its C++ and aborts."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _private_directory() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="eqm-dist-ray-", ignore_cleanup_errors=True)  # of mode 0700
 
 
+def _own_cluster() -> str | None:
+    """The address of a cluster that ``ray start`` began on this machine, if it was this user who did.
+
+    Its record lies where everybody can write, and whoever owns a cluster runs what he likes in those who join it.
+    """
+    file = get_ray_address_file(None)
+    try:
+        with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), encoding="utf-8") as record:
+            status, address = os.fstat(record.fileno()), record.read(_MOST_CHARACTERS).strip()
+    except (OSError, ValueError):
+        return None
+    if not address or not stat.S_ISREG(status.st_mode):
+        return None
+    port = address.rpartition(":")[2]
+    if {status.st_uid, *(_listeners(int(port)) if port.isdecimal() else [])} == {os.getuid()}:
+        return address
+    logger.info("The Ray cluster %s, recorded in %s, is another user's and not joined; RAY_ADDRESS can name it.",
+                address, file)  # fmt: skip
+    return None
+
+
+def _listeners(port: int) -> set[int]:
+    """The users whose processes listen on a port of this machine; none where the system does not say."""
+    found: set[int] = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with suppress(OSError):
+            for line in Path(table).read_text(encoding="ascii").splitlines()[1:]:
+                _, local, _, state, _, _, _, user, *_ = line.split()
+                if state == _LISTENS and int(local.rpartition(":")[2], 16) == port:
+                    found.add(int(user))
+    return found
+
+
 def _join(address: str) -> None:
+    if address == "auto":
+        address = _own_cluster() or address
     parts = re.fullmatch(r"(ray://)?(?P<host>[^:/\s]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})", address)
-    if parts is None and address != "auto":
+    if parts is None and address == "auto":
+        raise LaunchError(
+            "RAY_ADDRESS=auto must find a cluster that you have started on this machine, and there is none; start it"
+            " with `ray start --head`, or name one as HOST:PORT."
+        )
+    if parts is None:
         raise LaunchError(
             f"RAY_ADDRESS must be HOST:PORT of a cluster's head, auto or local, got {redacted(address)}; the port is"
             " 6379 unless `ray start` was told another, and `ray job submit` takes the http:// address."
         )
     try:
-        if parts is not None:  # Ray itself goes on trying for minutes, in silence
-            socket.create_connection((parts["host"].strip("[]"), int(parts["port"])), _CONNECT_TIMEOUT_S).close()
+        # Ray itself goes on trying for minutes, in silence.
+        socket.create_connection((parts["host"].strip("[]"), int(parts["port"])), _CONNECT_TIMEOUT_S).close()
         ray.init(address, **_QUIET)
     except _REFUSALS as error:
         raise LaunchError(
@@ -90,6 +158,8 @@ def _join(address: str) -> None:
 
 def _start(private: str) -> None:
     _keep_token_private()
+    for library in ("GLOO", "NCCL"):  # otherwise they take what the machine's name stands for
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", _LOOPBACK)
     try:
         # Ray opens its own directory to everybody, so that is one within. Nobody looks at the dashboard of a cluster
         # that ends with its command.

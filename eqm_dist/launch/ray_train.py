@@ -31,6 +31,7 @@ from eqm_dist.launch.packed import pack, unpack
 from eqm_dist.launch.preemption import Preemption
 from eqm_dist.launch.ray_cluster import Offer, offer
 from eqm_dist.launch.recovery import Recovery, Setbacks
+from eqm_dist.launch.rendezvous import FileTorchConfig, on_this_machine
 from eqm_dist.launch.watchdog import Watchdog
 from eqm_dist.launch.worker import run_to_end
 from eqm_dist.logs import FileFollower, log_file, setup_logging
@@ -54,7 +55,7 @@ def train(opened: OpenRun) -> None:
     Raises:
         EqmDistError: what a worker raised, as it raised it.
         LaunchError: the cluster has no room, or the run failed again and again.
-        KeyboardInterrupt: the user has ended the run, which is saved.
+        KeyboardInterrupt: the user, or the system, has ended the run, which is saved.
     """
     launch = opened.config.launch
     offered = offer(required(launch.workers), required(launch.cpus_per_worker), opened.config.evaluation.cpus or 0)
@@ -65,8 +66,7 @@ def train(opened: OpenRun) -> None:
     with Interrupt() as interrupt, FileFollower(log_file(opened.directory, 0)):
         while (failure := _interruptibly(partial(_fit, opened, offered, setbacks, stop), interrupt, stop)) is not None:
             logger.warning(setbacks.another(failure))
-    if interrupt.asked:
-        raise KeyboardInterrupt
+    interrupt.check()
     if opened.config.evaluation.asynchronous:
         finish_evaluations(opened)
 
@@ -124,7 +124,7 @@ def _interruptibly(work: Callable[[], str | None], interrupt: Interrupt, stop: A
             stop.ask.remote()
             ends = time.monotonic() + _STOP_S
         if time.monotonic() > ends:
-            raise KeyboardInterrupt
+            interrupt.check()
     return outcome.result()
 
 
@@ -137,10 +137,11 @@ def _fit(opened: OpenRun, offered: Offer, setbacks: Setbacks, stop: Any) -> str 
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(_COLLECTIVE_TIMEOUT_S))
     if isinstance(offered.workers, tuple):  # after the loss of a node Ray tries the old number of workers for so long
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
+    torch_config = FileTorchConfig if on_this_machine() else TorchConfig
     trainer = TorchTrainer(
         _worker,
         train_loop_config={**pack(opened), "stop": stop},
-        torch_config=TorchConfig(backend="nccl" if offered.use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
+        torch_config=torch_config(backend="nccl" if offered.use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=offered.workers,
             use_gpu=offered.use_gpu,

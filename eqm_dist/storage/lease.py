@@ -1,8 +1,9 @@
 """Who works in a directory: one process at a time, and a dead one does not keep it.
 
 The holder's name lies in a file of the directory, which it touches every few seconds. Whoever finds the file watches
-it: a holder that touches it is alive, and one on this machine is asked for by its process. Nobody's clock is compared
-with another's, and nothing but links, renames and times of files is needed, so that it works on NFS too.
+it: a holder that touches it is alive, and one on this machine is asked for by its process. No clock is compared with
+another, or with itself before it was set, and nothing but links, renames and times of files is needed, so that it works
+on NFS too.
 """
 
 import json
@@ -18,9 +19,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
-
 from eqm_dist.errors import BusyError
+from eqm_dist.storage.boot import processes, started
 from eqm_dist.storage.files import TEMPORARY_SUFFIX, storage_errors
 
 LEASE_FILE = ".holder.json"
@@ -30,6 +30,7 @@ LEASE_S = 45.0
 """Seconds without one after which a holder on another machine counts as dead."""
 SETTLE_S = 0.5
 """Seconds after which it is clear which of several processes has taken a lease over."""
+_MOST_BYTES = 64 << 10
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +41,10 @@ class Holder:
 
     Attributes:
         id: of this holding alone.
-        host: name of its machine.
+        host: name of its machine, for people.
         process: its number there.
-        started: when the process started, in seconds since 1970 by its own clock; tells apart two with one number.
+        machine: where that number means this process.
+        started: when the process started, by a count of its machine; tells apart two with one number.
         since: when it took the directory, for people.
         command: what it runs.
     """
@@ -50,19 +52,20 @@ class Holder:
     id: str
     host: str
     process: int
+    machine: str
     started: float
     since: str
     command: str
 
     @property
+    def here(self) -> bool:
+        """Whether this process can see whether it runs."""
+        return self.machine == processes()
+
+    @property
     def gone(self) -> bool:
-        """Whether it is certain that it no longer runs: only of processes of this machine."""
-        if self.host != socket.gethostname():
-            return False
-        try:
-            return abs(psutil.Process(self.process).create_time() - self.started) > 1.0
-        except psutil.Error:
-            return True
+        """Whether it is certain that it no longer runs."""
+        return self.here and started(self.process) != self.started
 
     def __str__(self) -> str:
         return f"process {self.process} on {self.host} since {self.since} ({self.command})"
@@ -92,7 +95,8 @@ def hold(directory: Path, what: str, remedy: str) -> Iterator[None]:
         uuid.uuid4().hex,
         socket.gethostname(),
         os.getpid(),
-        psutil.Process().create_time(),
+        processes(),
+        started(os.getpid()) or 0.0,
         time.strftime("%Y-%m-%d %H:%M:%S"),
         " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200],
     )
@@ -155,7 +159,7 @@ def _written(file: Path, own: Holder) -> Path:
 
 def _lives(file: Path, holder: Holder, what: str) -> bool:
     """Whether the holder touches its file, or another one does; waits for that until its lease has run out."""
-    if holder.host == socket.gethostname():
+    if holder.here:
         return True  # its process runs, or is stopped and may run again
     first, began, said = _touched(file), time.monotonic(), False
     while time.monotonic() - began < LEASE_S:
@@ -182,8 +186,10 @@ def _touched(file: Path) -> tuple[int, int] | None:
 def _holder(file: Path) -> Holder | None:
     """Who holds it; None where nobody does, or the file says nothing."""
     try:
-        return Holder(**json.loads(file.read_bytes()))
-    except (FileNotFoundError, ValueError, TypeError):
+        # Of a pipe nothing, for it would wait for a writer; and no more than a holder writes.
+        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as opened:
+            return Holder(**json.loads(opened.read(_MOST_BYTES)))
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
         return None
 
 

@@ -35,10 +35,13 @@ class JsonlTracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line."""
         self._unwritten.append({"step": step, **metrics})
+        waiting = len(self._unwritten)
         try:
             self._append()
+            if waiting > 1:
+                logger.info("%s is written again, and has what it missed", self._path)
         except StorageError as error:
-            if len(self._unwritten) == 1:
+            if waiting == 1:
                 logger.warning("warning: %s Metrics from step %s on are kept and written later.", error, f"{step:,}")
 
     def log_image(self, step: int, key: str, path: Path) -> None:

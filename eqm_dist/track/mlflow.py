@@ -4,7 +4,6 @@ Only this file imports mlflow. The driver opens the run and keeps its id in the 
 through a client. Ray's own helpers open a new run at each restart, so they are not used (docs/decisions).
 """
 
-import fcntl
 import getpass
 import json
 import logging
@@ -14,14 +13,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eqm_dist.errors import ConfigError, ForgottenError, TrackingError
+from eqm_dist.documents import mapping_from_json, read_bounded
+from eqm_dist.errors import BusyError, ConfigError, DataError, ForgottenError, StorageError, TrackingError
 from eqm_dist.run_directory import CONFIG_FILE, MLFLOW_FILE
 from eqm_dist.storage.files import atomic_write
+from eqm_dist.storage.lock import locked
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +72,14 @@ def open_run(
         artifacts: where a store without a server keeps files; default beside the run directory.
 
     Raises:
+        DataError: what the run directory says of it is damaged.
         TrackingError: the server does not answer, or no longer knows the run.
     """
     record = run_directory / MLFLOW_FILE
+    known = _read(record) if record.exists() else None
     with _answers(tracking_uri, timeout_s) as client:
-        known = json.loads(record.read_bytes()) if record.exists() else {}
-        if known.get("tracking_uri") == tracking_uri:
-            run = MlflowRun(**{**known, "timeout_s": timeout_s})
+        if known is not None and known.tracking_uri == tracking_uri:
+            run = replace(known, timeout_s=timeout_s)
             with _forgotten(f"run {run.run_id}", f"delete {record} to record {name} anew"):
                 client.update_run(run.run_id, status="RUNNING")
         else:
@@ -127,6 +129,7 @@ def recorded_run(run_directory: Path) -> MlflowRun:
 
     Raises:
         ConfigError: the directory is not that of a run, or it was not recorded in MLflow.
+        DataError: its record is damaged.
     """
     record = run_directory / MLFLOW_FILE
     if not record.exists():
@@ -134,7 +137,18 @@ def recorded_run(run_directory: Path) -> MlflowRun:
             f"An MLflow run is known to the directory of a run that was trained with track.mlflow=true, and"
             f" {run_directory} has no {MLFLOW_FILE}; correct the directory, or leave out --mlflow."
         )
-    return MlflowRun(**json.loads(record.read_bytes()))
+    return _read(record)
+
+
+def _read(record: Path) -> MlflowRun:
+    try:
+        found = mapping_from_json(read_bounded(record))
+        uri, run_id, timeout_s = found["tracking_uri"], found["run_id"], found["timeout_s"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{record} must say where the run is recorded ({error!r}); restore or delete it.") from None
+    if not (isinstance(uri, str) and isinstance(run_id, str) and type(timeout_s) in (int, float)):
+        raise DataError(f"{record} must say where the run is recorded, and holds {found}; restore or delete it.")
+    return MlflowRun(uri, run_id, timeout_s)
 
 
 def log_metrics(run: MlflowRun, step: int, metrics: Mapping[str, float]) -> None:
@@ -308,7 +322,9 @@ class MlflowTracker:
         """Use of CPU, memory, disk, network and GPUs of rank 0's machine, every ten seconds."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        monitor = SystemMetricsMonitor(self._run.run_id, resume_logging=True, tracking_uri=self._run.tracking_uri)
+        monitor = SystemMetricsMonitor(
+            self._run.run_id, resume_logging=True, tracking_uri=_as_mlflow_takes_it(self._run.tracking_uri)
+        )
         monitor.start()
         return monitor
 
@@ -355,7 +371,7 @@ def _answers(tracking_uri: str, timeout_s: float) -> Iterator[Any]:
     logging.getLogger("alembic").setLevel(logging.CRITICAL)
     try:
         with _alone(tracking_uri, timeout_s):
-            client = MlflowClient(tracking_uri)
+            client = MlflowClient(_as_mlflow_takes_it(tracking_uri))
         yield client
     except ForgottenError as error:
         raise ForgottenError(f"{tracking_uri} {error}") from error
@@ -400,23 +416,33 @@ def _deleted(error: Exception) -> bool:
 @contextmanager
 def _alone(tracking_uri: str, timeout_s: float) -> Iterator[None]:
     """Let one process at a time open a store in a file: of two that make its tables, one would fail."""
-    path = tracking_uri.removeprefix("sqlite:///")
-    if path == tracking_uri or tracking_uri in _OPENED:
+    file = _store_file(tracking_uri)
+    if file is None or tracking_uri in _OPENED:
         yield
         return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)  # as MLflow does
-    with open(f"{path}.lock", "wb") as lock:
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.1)
-            except OSError:  # a file system without locks
-                break
+    file.parent.mkdir(parents=True, exist_ok=True)  # as MLflow does
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(file.with_name(f"{file.name}.lock"), wait_s=timeout_s))
+        except StorageError as error:
+            logger.warning("warning: %s Until then two runs must not make the tables of one store at once.", error)
+        except BusyError as error:
+            raise TrackingError(f"The MLflow store {tracking_uri} is being opened: {error}") from None
         yield
     _OPENED.add(tracking_uri)
+
+
+def _store_file(tracking_uri: str) -> Path | None:
+    """Where a store in a file lies; None for a server, or a store in memory."""
+    from sqlalchemy import make_url
+
+    found = make_url(tracking_uri).database if tracking_uri.startswith("sqlite") else None
+    return Path(found) if found not in (None, "", ":memory:") else None
+
+
+def _as_mlflow_takes_it(tracking_uri: str) -> str:
+    """The store, in words from which MLflow makes no directory: it would take %25 for the name of one."""
+    return tracking_uri.replace("sqlite:", "sqlite+pysqlite:", 1) if "%" in tracking_uri else tracking_uri
 
 
 def _root_cause(error: BaseException) -> str:

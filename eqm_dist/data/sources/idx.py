@@ -1,7 +1,6 @@
 """Images in IDX files, the format of MNIST and its relatives (LeCun et al. 1998, http://yann.lecun.com/exdb/mnist)."""
 
 import gzip
-import hashlib
 import math
 import struct
 import zlib
@@ -44,6 +43,7 @@ class IdxImages:
         self._folder = open_folder(folder or ".", deadline_s=deadline_s)
         self._images = self._existing(name)
         self._labels = self._existing(self._images.removesuffix(".gz").replace("images-idx3", "labels-idx1"))
+        self._read_as = self.versions()
         images, labels = self._arrays()
         if len(images) != len(labels) or not len(images):
             raise DataError(
@@ -51,7 +51,8 @@ class IdxImages:
                 f"{len(labels)} in {self._labels}; replace the files."
             )
         self.num_classes = int(labels.max()) + 1
-        self.id = f"idx {self._images.removesuffix('.gz')} (pixels {hashlib.sha256(images.tobytes()).hexdigest()[:12]})"
+        name, (count, height, width) = self._images.removesuffix(".gz"), images.shape
+        self.id = f"idx {name} ({count} images of {width}x{height})"
 
     def __len__(self) -> int:
         return len(self._arrays()[0])
@@ -63,12 +64,13 @@ class IdxImages:
             yield RawImage(f"{number:08d}", f"{self._images}: {number}", images[number], int(labels[number]))
 
     def versions(self) -> Sequence[str]:
-        """See ``RawSource``; the name of the source has the sha256 of its pixels already."""
+        """See ``RawSource``."""
         return self._folder.versions([self._images, self._labels])
 
     def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """Images [N, H, W] and classes [N], uint8: read once in each process that needs them."""
-        return _load(self._folder, self._images, 3), _load(self._folder, self._labels, 1)
+        images, labels = self._read_as
+        return _load(self._folder, self._images, 3, images), _load(self._folder, self._labels, 1, labels)
 
     def _existing(self, name: str) -> str:
         found = next((file for file in (name, f"{name}.gz") if self._folder.size(file) is not None), None)
@@ -78,8 +80,11 @@ class IdxImages:
 
 
 @lru_cache(maxsize=4)
-def _load(folder: Folder, name: str, dimensions: int) -> np.ndarray:
-    """An IDX file of unsigned bytes: magic 0 0 8 D, D sizes as big-endian uint32, the bytes."""
+def _load(folder: Folder, name: str, dimensions: int, version: str) -> np.ndarray:
+    """An IDX file of unsigned bytes: magic 0 0 8 D, D sizes as big-endian uint32, the bytes.
+
+    ``version`` tells a file that has changed from what was read before it did.
+    """
     try:
         with folder.open(name) as opened, storage_errors("read", f"{folder.url}/{name}"):
             file = cast("BinaryIO", gzip.GzipFile(fileobj=opened)) if name.endswith(".gz") else opened

@@ -15,12 +15,12 @@ import pyarrow.ipc as ipc
 import pyarrow.parquet as parquet
 
 from eqm_dist.data.bounds import MAX_IMAGE_BYTES, MAX_ROWS
-from eqm_dist.data.foreign_json import parse_json
 from eqm_dist.data.labels import check_label
 from eqm_dist.data.sources.arrow_messages import is_compressed
 from eqm_dist.data.sources.files import find_files
 from eqm_dist.data.sources.image import RawImage
 from eqm_dist.data.sources.names import readable, without_hidden
+from eqm_dist.documents import from_json
 from eqm_dist.errors import DataError
 from eqm_dist.storage.files import storage_errors
 from eqm_dist.storage.folder import Folder, LocalFolder
@@ -289,7 +289,7 @@ def _arrow_stream(piece: _Piece) -> ipc.RecordBatchStreamReader:
 def _class_names(piece: _Piece, label_column: str) -> tuple[str, ...]:
     metadata = (_schema(piece).metadata or {}).get(b"huggingface", b"{}")
     try:
-        names = parse_json(metadata)["info"]["features"][label_column]["names"]
+        names = from_json(metadata)["info"]["features"][label_column]["names"]
     except (ValueError, KeyError, TypeError):
         return ()
     return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()

@@ -10,12 +10,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 from eqm_dist.data.bounds import MAX_IMAGE_BYTES, MAX_LABEL_BYTES
-from eqm_dist.data.foreign_json import parse_json
 from eqm_dist.data.labels import LABEL_BYTES, check_label, parse_label
 from eqm_dist.data.sources.files import find_files
 from eqm_dist.data.sources.image import RawImage
 from eqm_dist.data.sources.names import is_hidden, is_image, readable, without_hidden
 from eqm_dist.data.tar_members import TarMember, read_members
+from eqm_dist.documents import from_json
 from eqm_dist.errors import DataError
 from eqm_dist.storage.files import storage_errors
 from eqm_dist.storage.folder import Folder
@@ -163,7 +163,7 @@ def _label(file: BinaryIO, member: TarMember, is_json: bool) -> _Label:
     if len(content) > MAX_LABEL_BYTES:
         return _Label(None, f"more than {MAX_LABEL_BYTES:,} bytes")
     try:
-        found = parse_json(content)
+        found = from_json(content)
     except ValueError:
         return _Label(None, "no JSON")
     present = [found[field] for field in LABEL_FIELDS if field in found] if isinstance(found, dict) else []
