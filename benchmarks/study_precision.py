@@ -3,8 +3,8 @@
 python pipelines/train.py                                                                # runs/digits
 python -m benchmarks.study_precision --run runs/digits --out FILE [--seeds 0 1 2] [--shards DIR]
 
-For each seed the same start noise is followed in fp32 and in bf16, by the sampler of the run. The FID is measured against
-all images of the data set, with the extractor of the run.
+For each seed the same start noise is followed in fp32 and in bf16, by the sampler of the run. The FID is measured
+against all images of the data set, with the extractor of the run.
 """
 
 import argparse
