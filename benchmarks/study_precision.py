@@ -69,7 +69,6 @@ def main() -> None:
     location = options.shards or model.training_data("--shards")
     real = TrainingImages(location, ShardReader(location), model.autoencoder, torch.device("cpu"))
     reference = feature_moments(extractor, real.read(0, len(real), BATCH))
-    rows = [measured(model, extractor, reference, seed, options.samples) for seed in options.seeds]
     record = {
         "command": " ".join([Path(sys.executable).name, "-m", "benchmarks.study_precision", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -79,10 +78,11 @@ def main() -> None:
         "run": {"step": model.step, "weights_sha256": model.sha256, "sampler": model.config.sampler.model_dump()},
         "extractor": getattr(extractor, "id", None),
         "samples": options.samples,
-        "rows": rows,
-        "mean_relative_difference": sum(row["relative_difference"] for row in rows) / len(rows),
     }
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    rows: list[dict[str, Any]] = []
+    for seed in options.seeds:
+        rows.append(measured(model, extractor, reference, seed, options.samples))
+        options.out.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -239,6 +239,7 @@ def test_news_come_once_and_failures_are_tried_again(tmp_path: Path) -> None:
     evaluations.write(10, {"eval/fid": 3.0}, [tmp_path / "a.png"], 1.5, "fp32")
     evaluations.fail(20, "out of memory")
     assert [record["step"] for record in evaluations.news()] == [10, 20]
+    assert evaluations.results()[10]["precision"] == "fp32"
     assert list(evaluations.news()) == []
     evaluations.write(30, {"eval/fid": 2.0}, [], 1.0, "fp32")
     assert [record["step"] for record in evaluations.news()] == [30]

@@ -89,6 +89,13 @@ def test_a_set_that_was_begun_keeps_its_units_and_its_settings(tmp_path: Path) -
         open_image_set(tmp_path, SETTINGS, "png", count=8, unit=3)
 
 
+def test_the_record_names_every_precision_that_units_were_drawn_in(tmp_path: Path) -> None:
+    images = open_image_set(tmp_path, SETTINGS, "png", count=6, unit=3)
+    for unit, precision in zip(images.units(), ("fp32", "bf16"), strict=True):  # killed on a GPU, gone on without
+        images.write(unit, images_of(1)[:3], facts_of(np.arange(unit.start, unit.stop)), precision)
+    assert images.finish({})["precision"] == "bf16 and fp32"
+
+
 def test_other_files_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(ConfigError, match="must be a new or an empty directory"):

@@ -123,11 +123,12 @@ def test_a_model_gives_the_figures_of_the_images_that_it_draws(root: Path, shard
     for metric, record in directly.items():
         # A pixel may round to its neighbour's value where the units that were drawn together differ.
         assert record["value"] == pytest.approx(kept[metric]["value"], rel=1e-3, abs=1e-6), metric
-        for name in ("samples", "labels", "sampler", "nfe", "seed", "step", "weights_sha256", "extractor"):
+        for name in ("samples", "labels", "sampler", "precision", "nfe", "seed", "step", "weights_sha256", "extractor"):
             assert record[name] == kept[metric][name], name
     record = directly["fid"]
     assert (record["samples"], record["labels"], record["seed"], record["step"]) == (90, "random", 5, 30)
     assert record["nfe"] == {"mean": 6, "min": 6, "max": 6}
+    assert record["precision"] == "fp32"  # what auto was on this machine
     assert record["reference"] == reference  # what it was trained on
     assert record["reference_samples"] == 48
     assert "90 of" in printed
