@@ -113,14 +113,21 @@ def test_damaged_settings_are_refused(content: bytes, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b"[" * 100_000, b'{"label": 1}', b'{"label": []}', b'{"label": ["0"]}']
+    "content",
+    [b"", b"[]", b"[" * 100_000, b'{"facts": []}', b'{"precision": 1}']
+    + [b'{"facts": {"label": %s}}' % label for label in (b"1", b"[]", b'["0"]')],
 )
 def test_a_damaged_record_of_a_unit_is_refused(content: bytes, tmp_path: Path) -> None:
     images = open_image_set(tmp_path, SETTINGS, "png", count=7, unit=3)
     fill(images, images_of(1))
     record = tmp_path / ".units" / "00001.json"
     good = json.loads(record.read_bytes())
-    record.write_bytes(json.dumps({**good, **json.loads(content)}).encode() if content.startswith(b"{") else content)
+    if content.startswith(b"{"):
+        bad = json.loads(content)
+        if isinstance(bad.get("facts"), dict):
+            bad["facts"] = {**good["facts"], **bad["facts"]}
+        content = json.dumps({**good, **bad}).encode()
+    record.write_bytes(content)
     with pytest.raises(DataError, match=r"00001.json is damaged .*; delete it and run the same command again"):
         images.finish({})
 
