@@ -43,8 +43,8 @@ from benchmarks.step_cases import (
     random_batch,
 )
 from benchmarks.step_counts import counts
+from eqm_dist.compiled import compiled, require_compiler
 from eqm_dist.precision import set_products
-from eqm_dist.train.compiled import compiled_draw, require_compiler
 from eqm_dist.train.engine import Engine
 from eqm_dist.train.meters import peak_flops
 from eqm_dist.train.step import draw_batch
@@ -68,7 +68,7 @@ def _time(engine: Engine, case: Case, device: torch.device, steps: int) -> dict[
     first_s = _seconds(step, device)
     whole = _whole_steps(step, device, steps)
     parts: dict[str, list[float]] = {"forward": [], "backward": [], "update": [], "draws": []}
-    draw = compiled_draw() if case.compiled else draw_batch
+    draw = compiled(draw_batch) if case.compiled else draw_batch
     for _ in range(steps):
         losses: list[Tensor] = []
         parts["forward"].append(_seconds(lambda to: to.append(engine.losses(batch).mean()), device, losses))
@@ -164,7 +164,7 @@ def main() -> None:
         return
     all_cases = cases(sizes, batches, arguments.cases.split(","))
     if any(case.compiled for case in all_cases):
-        require_compiler(device)
+        require_compiler(device, "+compile")
     if any(case.deepspeed for case in all_cases):
         os.environ |= {
             "RANK": "0",

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 
+from eqm_dist.compiled import compile_blocks, compiled
 from eqm_dist.config import SIZES
 from eqm_dist.core.corruption import constant_pace
 from eqm_dist.core.decay import TruncatedDecay
@@ -15,7 +16,6 @@ from eqm_dist.data.loader import Batch
 from eqm_dist.models.sit import SiT
 from eqm_dist.models.sizes import forward_macs, training_flops_per_image
 from eqm_dist.precision import Precision, set_products
-from eqm_dist.train.compiled import compile_blocks, compiled_draw
 from eqm_dist.train.engine import Engine, TorchEngine
 from eqm_dist.train.optimizer import EmaAdamW
 from eqm_dist.train.step import BatchLoss, ModelWithLoss, draw_batch
@@ -84,7 +84,7 @@ def build_engine(case: Case, device: torch.device) -> Engine:
         label_dropout=0.1,
         null_label=CLASSES,
         flip=False,
-        draw=compiled_draw() if case.compiled else draw_batch,
+        draw=compiled(draw_batch) if case.compiled else draw_batch,
     )
     module = ModelWithLoss(model, loss)
     optimizer = EmaAdamW(module.trained_parameters().values(), lr=LEARNING_RATE, ema_decays=[EMA_DECAY])

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, assert_never
 
 import torch
-from torch import nn
 
+from eqm_dist.compiled import compile_blocks, compiled, require_compiler
 from eqm_dist.config import (
     Config,
     DecayConfig,
@@ -64,7 +64,6 @@ from eqm_dist.track.composite import CompositeTracker
 from eqm_dist.track.jsonl import JsonlTracker, read_metrics
 from eqm_dist.track.mlflow import MlflowRun, MlflowTracker
 from eqm_dist.train.checkpoint import Checkpoints, Rule
-from eqm_dist.train.compiled import compile_blocks, compiled_draw, require_compiler
 from eqm_dist.train.distributed import all_reduce_sum, rank, world_size
 from eqm_dist.train.engine import Engine, TorchEngine
 from eqm_dist.train.evaluations import SCORE, Evaluations
@@ -137,8 +136,8 @@ def build_run(
 
     reader, order = build_data(config)
     model = build_model(config).to(device)
-    if compiled := _compiles(config, device):
-        require_compiler(device)
+    if compiles := _compiles(config, device):
+        require_compiler(device, "train.compile")
         compile_blocks(model.blocks)
     loss = BatchLoss(
         loss=_build_loss(config),
@@ -148,7 +147,7 @@ def build_run(
         label_dropout=config.objective.label_dropout,
         null_label=config.data.num_classes,
         flip=config.data.flip,
-        draw=compiled_draw() if compiled else draw_batch,
+        draw=compiled(draw_batch) if compiles else draw_batch,
     )
     engine = _build_engine(config, ModelWithLoss(model, loss), device, micro_batch, grad_accum)
 
@@ -315,8 +314,14 @@ def _build_stop(sampler: SamplerConfig) -> GradientNormStop | None:
     return GradientNormStop(sampler.stop_norm, sampler.stop_ratio)
 
 
-def build_field(config: Config, model: nn.Module, null_label: int) -> TimedField:
+def build_field(config: Config, model: SiT, null_label: int, *, many: bool = False) -> TimedField:
     """What samplers follow: the model, or minus the gradient of its energy, guided if so configured.
+
+    Args:
+        config: of the model and the sampler.
+        model: whose blocks may be compiled in place.
+        null_label: of "no class".
+        many: it will be asked for thousands of images, so that compiling is worth its minute.
 
     Raises:
         ConfigError: the sampler cannot follow a field of this objective, or not in its precision.
@@ -324,7 +329,11 @@ def build_field(config: Config, model: nn.Module, null_label: int) -> TimedField
     require_matching_sampler(config.objective, config.sampler)
     sampler = config.sampler
     energy = config.objective.energy
-    precision = sampling_precision(config, next(model.parameters()).device)
+    device = next(model.parameters()).device
+    precision = sampling_precision(config, device)
+    if _compiles_sampling(config, device, many):
+        require_compiler(device, "sampler.compile")
+        compile_blocks(model.blocks, any_size=True)  # where samples leave, fewer are left
     # What is made of the model's values, such as an energy and what guidance adds up, stays in fp32.
     field = computed_in(precision, model)
     if energy != "none":
@@ -337,6 +346,12 @@ def build_field(config: Config, model: nn.Module, null_label: int) -> TimedField
         interval=sampler.guidance_interval,
     )
     return with_products(precision, followed)
+
+
+def _compiles_sampling(config: Config, device: torch.device, many: bool) -> bool:
+    wish = config.sampler.compile
+    worth_it = many and device.type == "cuda" and config.objective.energy == "none"
+    return wish == "always" or (wish == "auto" and worth_it)
 
 
 def sampling_precision(config: Config, device: torch.device) -> Precision:
@@ -504,7 +519,7 @@ def build_evaluator(
     autoencoder, evaluation = build_autoencoder(reader.manifest), config.evaluation
     return Evaluator(
         model=model,
-        field=build_field(config, model, config.data.num_classes),
+        field=build_field(config, model, config.data.num_classes, many=True),
         method=build_sampling_method(config.sampler),
         autoencoder=autoencoder,
         real=TrainingImages(config.data.shards or "", reader, autoencoder, device),

@@ -494,6 +494,8 @@ class SamplerConfig(Section, marks=(Resumable, Axis)):
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """Arithmetic of the model; what the sampler carries on is fp32. auto: bf16 on a GPU, TF32 on one that lacks it, and
     fp32 on a CPU."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Compile the blocks with torch's Inductor. auto: on a GPU, to evaluate or to draw a set; energies stay eager."""
     cfg_scale: Annotated[float, Field(ge=0)] = 1.0
     """Scale of classifier-free guidance; 1 turns it off."""
     guided_channels: Annotated[
@@ -669,6 +671,11 @@ class Config(Section):
             )
         if self.train.compile == "always" and (reason := self.stays_eager):
             raise ValueError(f"train.compile=always cannot be with {reason}; leave it out")
+        if self.sampler.compile == "always" and self.objective.energy != "none":
+            raise ValueError(
+                f"sampler.compile=always cannot be with objective.energy={self.objective.energy}, whose field is a"
+                " gradient of eager blocks; leave it out"
+            )
         sums = "communication_data_type"
         if sums in self.engine.deepspeed and self.train.precision == "bf16" and self.engine.zero_stage:
             raise ValueError(

@@ -126,8 +126,11 @@ class Pretrained:
         field: TimedField | None = None,
         start: Callable[[Tensor], Tensor] | None = None,
         start_time: float = 0.0,
+        many: bool = False,
     ) -> Generated:
         """The images of sample indices [n] with labels [n]: see ``evaluate.generate``; another field if given.
+
+        ``many`` says that they are a part of thousands, so that compiling the model is worth its minute.
 
         Raises:
             DataError: a label that the model does not know, or no autoencoder is known.
@@ -141,7 +144,7 @@ class Pretrained:
             )
         sampler = self.config.sampler
         drawn = generate(
-            field or self.field(device),
+            field or self.field(device, many=many),
             indices=indices.to(device),
             labels=labels.to(device),
             latent_shape=self.config.data.latent_shape,
@@ -164,9 +167,9 @@ class Pretrained:
         """
         return sampling_precision(self.config, device)
 
-    def field(self, device: torch.device | str) -> TimedField:
+    def field(self, device: torch.device | str, *, many: bool = False) -> TimedField:
         """What samplers follow: (x [B, C, h, w], labels [B], time [B]) -> [B, C, h, w], guided if so configured."""
-        return build_field(self.config, self.model.to(device), self.config.data.num_classes)
+        return build_field(self.config, self.model.to(device), self.config.data.num_classes, many=many)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, H, W, C] uint8 -> latents [B, C', h, w], the means of the autoencoder's posterior."""

@@ -9,10 +9,10 @@ from torch import nn
 from torch._inductor import config as inductor
 
 from eqm_dist.build import build_run
+from eqm_dist.compiled import compile_blocks, compiled, require_compiler
 from eqm_dist.errors import ConfigError
 from eqm_dist.models.sit import SiT
 from eqm_dist.open_run import open_run
-from eqm_dist.train.compiled import compile_blocks, compiled_draw, require_compiler
 from eqm_dist.train.step import draw_batch
 from tests.distributed import run_ranks
 from tests.test_engines import assert_same, config, run_engines
@@ -70,6 +70,19 @@ def test_all_blocks_share_one_graph_for_each_size_of_a_micro_batch(bf16: bool, c
     assert counter.frame_count == 2
 
 
+def test_samples_leave_a_compiled_batch_without_another_graph() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    eager, compiled_model = model(), model()
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_blocks(compiled_model.blocks, any_size=True, backend=counter)
+    x, labels = torch.randn(25, *SHAPE), torch.arange(25) % 10
+    with torch.no_grad():
+        for size in (*range(25, 1, -1), 24):
+            torch.testing.assert_close(compiled_model(x[:size], labels[:size]), eager(x[:size], labels[:size]))
+    assert counter.frame_count == 1
+
+
 def test_a_size_too_many_is_an_error_and_not_a_silent_return_to_eager() -> None:
     compiled = model(depth=1)
     compile_blocks(compiled.blocks, backend="eager")
@@ -98,12 +111,17 @@ def test_what_cannot_be_compiled_is_refused(tmp_path: Path, cannot: dict[str, ob
         config(tmp_path, "refused", **{"train.compile": "always", **cannot})
 
 
+def test_an_energy_is_not_sampled_compiled(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sampler.compile=always cannot be with objective.energy=dot.*leave it out"):
+        config(tmp_path, "refused", **{"sampler.compile": "always", "objective.energy": "dot"})
+
+
 def test_a_machine_without_a_compiler_is_told_so() -> None:
     with (
         inductor.patch({"cpp.cxx": (None, "/nonexistent/c++")}),
         pytest.raises(ConfigError, match=r"needs a compiler that works for cpu \(C\+\+\).*train.compile=never"),
     ):
-        require_compiler(torch.device("cpu"))
+        require_compiler(torch.device("cpu"), "train.compile")
 
 
 # --- what Inductor makes of it; a minute of a C++ compiler ---
@@ -117,7 +135,7 @@ def test_the_draws_are_a_few_kernels_with_the_same_bits(shape: tuple[int, int, i
 
     metrics.reset()
     positions, seed = 2**33 + 7 * torch.arange(6), 2**63 + 5
-    found = compiled_draw()(seed, positions, shape, 0.1, True)
+    found = compiled(draw_batch)(seed, positions, shape, 0.1, True)
     for name, expected in draw_batch(seed, positions, shape, 0.1, True)._asdict().items():
         assert torch.equal(getattr(found, name), expected), name
     assert metrics.generated_kernel_count <= MOST_KERNELS_OF_DRAWS

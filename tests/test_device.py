@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from eqm_dist.compiled import compile_blocks, compiled
 from eqm_dist.core.corruption import constant_pace
 from eqm_dist.core.decay import TruncatedDecay
 from eqm_dist.core.guidance import blind_to_time, guided
@@ -23,7 +24,6 @@ from eqm_dist.core.sampling import GradientNormStop, SamplingMethod, in_order, s
 from eqm_dist.data.loader import Batch
 from eqm_dist.models.sit import SiT
 from eqm_dist.precision import computed_in, products, set_products
-from eqm_dist.train.compiled import compile_blocks, compiled_draw
 from eqm_dist.train.distributed import all_reduce_sum, from_rank_zero
 from eqm_dist.train.engine import TorchEngine
 from eqm_dist.train.optimizer import EmaAdamW
@@ -54,14 +54,14 @@ def batch(size: int, step: int, device: torch.device) -> Batch:
     return Batch(step * size + torch.arange(size), moments, labels).to(device)
 
 
-def engine(device: torch.device, *, compiled: bool = False, bf16: bool = False, **options: Any) -> TorchEngine:
+def engine(device: torch.device, *, compile_it: bool = False, bf16: bool = False, **options: Any) -> TorchEngine:
     trained = model(device, **options)
-    if compiled:
+    if compile_it:
         compile_blocks(trained.blocks)
     loss = BatchLoss(
         partial(eqm_loss, decay=TruncatedDecay(0.8, 4.0), path=constant_pace),
         seed=3, latent_scale=0.5, latent_shift=0.0, label_dropout=0.2, null_label=CLASSES, flip=True,
-        draw=compiled_draw() if compiled else draw_batch,
+        draw=compiled(draw_batch) if compile_it else draw_batch,
     )  # fmt: skip
     module = ModelWithLoss(trained, loss)
     optimizer = EmaAdamW(module.trained_parameters().values(), lr=1e-3, ema_decays=[0.9])
@@ -90,8 +90,8 @@ def run(trained: TorchEngine) -> Tensor:
         ({"checkpoint_blocks": True}, 1e-4),
         ({"qk_norm": True}, 1e-4),
         ({"bf16": True}, 2e-2),
-        pytest.param({"compiled": True}, 1e-4, marks=pytest.mark.slow),
-        pytest.param({"compiled": True, "bf16": True, "checkpoint_blocks": True}, 2e-2, marks=pytest.mark.slow),
+        pytest.param({"compile_it": True}, 1e-4, marks=pytest.mark.slow),
+        pytest.param({"compile_it": True, "bf16": True, "checkpoint_blocks": True}, 2e-2, marks=pytest.mark.slow),
     ],
     ids=lambda value: "+".join(value) or "plain" if isinstance(value, dict) else "",
 )
@@ -111,9 +111,9 @@ def test_draws_have_the_bits_of_the_cpu(device: torch.device) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_draws_have_the_bits_of_eager_ones(device: torch.device) -> None:
+def test_compileds_have_the_bits_of_eager_ones(device: torch.device) -> None:
     positions = (2**40 + torch.arange(50)).to(device)
-    expected, found = (draw(7, positions, SHAPE, 0.3, True) for draw in (draw_batch, compiled_draw()))
+    expected, found = (draw(7, positions, SHAPE, 0.3, True) for draw in (draw_batch, compiled(draw_batch)))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True) if a is not None and b is not None)
 
 

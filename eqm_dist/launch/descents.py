@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from eqm_dist.build import build_field, build_sampler
+from eqm_dist.build import build_sampler
 from eqm_dist.config import DESCENTS, SamplerConfig
 from eqm_dist.errors import EqmDistError
 from eqm_dist.evaluate.generate import Generated, generate_along
@@ -111,9 +111,9 @@ class MeasureDescent:
         classes, sampler = model.config.data.num_classes, model.config.sampler
         labels = labels_of(self.labels, indices, classes, self.seed)
         if len(task.nfe) == 1:
-            return [model.generate(indices, labels, self.seed, self.batch, device)]
+            return [model.generate(indices, labels, self.seed, self.batch, device, many=True)]
         return generate_along(
-            build_field(model.config, model.model.to(device), classes),
+            model.field(device, many=True),
             indices=indices.to(device),
             labels=labels.to(device),
             latent_shape=model.config.data.latent_shape,

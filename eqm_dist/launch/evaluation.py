@@ -308,7 +308,7 @@ class MeasureDrawn:
         """Their statistics, the NFE of each, and in what precision they were drawn."""
         indices = torch.arange(unit.start, unit.stop)
         labels = labels_of(self.labels, indices, self.model.config.data.num_classes, self.seed)
-        drawn = self.model.generate(indices, labels, self.seed, self.batch, device)
+        drawn = self.model.generate(indices, labels, self.seed, self.batch, device, many=True)
         statistics = image_statistics(
             loaded_extractor(self.extractor, self.weights, device),
             drawn.images.split(self.batch),

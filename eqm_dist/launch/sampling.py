@@ -94,7 +94,7 @@ class DrawUnit:
     def __call__(self, unit: Unit, device: torch.device) -> None:
         indices = torch.arange(unit.start, unit.stop)
         labels = labels_of(self.labels, indices, self.model.config.data.num_classes, self.seed)
-        drawn = self.model.generate(indices, labels, self.seed, self.batch, device)
+        drawn = self.model.generate(indices, labels, self.seed, self.batch, device, many=True)
         facts = {"label": labels, "nfe": drawn.nfe, "complete": drawn.complete, "finite": drawn.finite}
         facts = {name: fact.cpu().numpy() for name, fact in facts.items()}
         self.images.write(unit, drawn.images.cpu().numpy(), facts, self.model.precision(device))
