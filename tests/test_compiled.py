@@ -78,9 +78,11 @@ def test_samples_leave_a_compiled_batch_without_another_graph() -> None:
     compile_blocks(compiled_model.blocks, any_size=True, backend=counter)
     x, labels = torch.randn(25, *SHAPE), torch.arange(25) % 10
     with torch.no_grad():
+        compiled_model(x, labels)
+        graphs = counter.frame_count
         for size in (*range(25, 1, -1), 24):
             torch.testing.assert_close(compiled_model(x[:size], labels[:size]), eager(x[:size], labels[:size]))
-    assert counter.frame_count == 1
+    assert counter.frame_count == graphs
 
 
 def test_a_size_too_many_is_an_error_and_not_a_silent_return_to_eager() -> None:
