@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from eqm_dist.config import Config, TrackConfig
 from eqm_dist.documents import from_yaml
-from eqm_dist.errors import ConfigError, EqmDistError
+from eqm_dist.errors import ConfigError, EqmDistError, Terminated
 from eqm_dist.machine import settle_user
 from eqm_dist.options import Layer, Option, given, layered, options, parse, read_yaml, suggestion
 from eqm_dist.presets import PRESETS
@@ -184,6 +184,32 @@ def add_work_flags(command: argparse.ArgumentParser, batch: int, seeds: str) -> 
     command.add_argument("--seed", type=seed, default=0, metavar="N", help=f"seed of {seeds} (default: %(default)s)")
 
 
+def add_search_flags(command: argparse.ArgumentParser, kind: str, searches: Sequence[str], trials: str) -> None:
+    """The flags of all sweeps: what is searched and how, for how long, and where the results go.
+
+    Args:
+        command: gets the flags.
+        kind: of the sweep, which names its default space and directory.
+        searches: names of ``--search``, the default first.
+        trials: what their number is of, and how many there are by default.
+    """
+    command.add_argument(
+        "--space", metavar="FILE",
+        help=f"file of the search space, YAML or Python (default: eqm_dist/sweeps/{kind}/space.yaml)",
+    )  # fmt: skip
+    command.add_argument(
+        "--search", choices=searches, default=searches[0],
+        help="how points of the space are chosen (default: %(default)s)",
+    )  # fmt: skip
+    command.add_argument("--trials", type=count, metavar="N", help=f"number of {trials}")
+    command.add_argument(
+        "--hours", type=hours, metavar="H",
+        help="nothing begins, and no training goes on, after H hours; the same command continues (default: no limit)",
+    )  # fmt: skip
+    command.add_argument("--out", metavar="DIR", help=f"directory for the results (default: sweeps/{kind}...)")
+    command.add_argument("--dry-run", action="store_true", help="print the plan and its cost, and compute nothing")
+
+
 def add_actor_flags(command: argparse.ArgumentParser) -> None:
     """The flags of commands whose work is done by actors: where, and how many."""
     command.add_argument(
@@ -312,7 +338,10 @@ def overrides_from(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Run a command and leave: 0 done, 2 the user's input is wrong, 1 anything else, 130 interrupted."""
+    """Run a command and leave.
+
+    Exit codes: 0 done, 2 the user's input is wrong, 130 interrupted, 143 terminated, 1 anything else.
+    """
     settle_user()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not be text that the terminal can show
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -321,6 +350,9 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except EqmDistError as error:
         print(f"error: {as_started(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Terminated as ended:
+        print("terminated; run the same command again to resume.", file=sys.stderr)
+        sys.exit(ended.exit_code)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume.", file=sys.stderr)
         sys.exit(130)

@@ -61,3 +61,9 @@ class BusyError(EqmDistError):
 
 class LaunchError(EqmDistError):
     """The cluster could not start or finish the run."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end with SIGTERM, and ends like one that its user interrupts."""
+
+    exit_code = 143

@@ -51,7 +51,7 @@ def run(root: Path, work: Work, track: TrackConfig) -> str:
 
     def conclude(results: Sequence[Found]) -> Findings:
         best = min(found.fid for found in results)
-        return Findings([f"{len(results)} found"], [write_best(out, "it is the best", {"a": 1})], {"eval/fid": best})
+        return Findings([f"{len(results)} found"], [write_best(out, ["it is the best"], {"a": 1})], {"eval/fid": best})
 
     def log(record: SweepRecord, found: Found) -> None:
         record.log_trial(found.name, found.name, {}, {"eval/fid": found.fid}, 1, None)

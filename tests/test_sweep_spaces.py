@@ -105,7 +105,7 @@ def quality(point: dict[str, float]) -> float:
 
 def test_tpe_finds_what_random_search_misses_and_learns_from_a_ledger() -> None:
     space = parse_space([{**part, ETA: {"log": [1e-5, 10]}} for part in TWO_METHODS], KEYS, "test")
-    search = TpeSearch(space, objectives=1, seed=0)
+    search = TpeSearch(space, objectives=["FID"], seed=0)
     found = []
     for _ in range(60):
         point = search.ask()
@@ -114,7 +114,7 @@ def test_tpe_finds_what_random_search_misses_and_learns_from_a_ledger() -> None:
     random = min(quality(point) for point in space.random(60, seed=0))
     assert min(found)[0] < random
 
-    again = TpeSearch(space, objectives=1, seed=0)  # after a kill: everything it is told it has not asked for
+    again = TpeSearch(space, objectives=["FID"], seed=0)  # after a kill: everything it is told it has not asked for
     for value, point in found:
         again.tell(point, [value])
     first, later = sum(value for value, _ in found[:8]), 0.0
@@ -127,7 +127,7 @@ def test_tpe_finds_what_random_search_misses_and_learns_from_a_ledger() -> None:
 
 def test_tpe_keeps_to_whole_numbers_and_to_the_choices() -> None:
     space = parse_space({NFE: {"log": [2, 40]}, NAME: ["gd", "nag"], ETA: [0.1, 0.2]}, KEYS, "test")
-    search = TpeSearch(space, objectives=2, seed=0)
+    search = TpeSearch(space, objectives=["FID", "NFE"], seed=0)
     for number in range(15):
         point = search.ask()
         assert isinstance(point[NFE], int)

@@ -4,9 +4,11 @@ import logging
 import os
 import re
 import secrets
+import signal
 import socket
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,10 +62,22 @@ def cluster() -> Iterator[None]:
     local = address == "local"
     with _private_directory() if local else nullcontext("") as private:
         try:
-            _start(private) if local else _join(address)
+            with _own_sigterm():
+                _start(private) if local else _join(address)
             yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the handler of SIGTERM that there is, in whose place Ray puts its own, which ends the process."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _private_directory() -> tempfile.TemporaryDirectory[str]:
@@ -171,6 +185,29 @@ def offer(
             f" cluster{besides}; lower launch.workers or launch.cpus_per_worker, or add nodes."
         )
     return Offer(workers, cpus_per_worker, use_gpu, evaluation_cpus)
+
+
+def check_share(needs: Mapping[str, float]) -> None:
+    """Refuse what no machine of the cluster has, for Ray would wait for it without a word and without end.
+
+    Args:
+        needs: by the flag that asks for it, what one process takes: ``--cpus-per-trial``, ``--gpus-per-trial``.
+
+    Raises:
+        LaunchError: no machine has so much, or none has all of it.
+    """
+    names = {"--cpus-per-trial": "CPU", "--gpus-per-trial": "GPU"}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for flag, need in needs.items():
+        most = max((node.get(names[flag], 0.0) for node in nodes), default=0.0)
+        if need > most:
+            raise LaunchError(
+                f"{flag} must be at most {most:g}, which is what the largest machine of the cluster has, got {need:g};"
+                " lower it, or add a machine."
+            )
+    if not any(all(node.get(names[flag], 0.0) >= need for flag, need in needs.items()) for node in nodes):
+        asked = " and ".join(f"{flag} {need:g}" for flag, need in needs.items())
+        raise LaunchError(f"{asked} must fit one machine of the cluster together; lower one, or add a machine.")
 
 
 def _smallest_share() -> int:

@@ -22,10 +22,10 @@ from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from eqm_dist.config import Config
-from eqm_dist.errors import EqmDistError
+from eqm_dist.errors import EqmDistError, LaunchError
 from eqm_dist.launch import local, ray_train
 from eqm_dist.launch.fork import fork_run
-from eqm_dist.launch.ray_cluster import cluster
+from eqm_dist.launch.ray_cluster import check_share, cluster, offer
 from eqm_dist.logs import log_file
 from eqm_dist.open_run import hold_run, open_run
 from eqm_dist.options import dump, parse
@@ -110,7 +110,7 @@ def run_trials(
         on_end: called when a trial is over.
 
     Raises:
-        LaunchError: there is no cluster.
+        LaunchError: there is no cluster, or it has no room for a trial.
     """
     shutil.rmtree(workspace, ignore_errors=True)  # what a killed attempt left: the run directories have it all
     steps = max(trial.config.train.steps for trial in trials)
@@ -130,6 +130,7 @@ def run_trials(
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one prints tables, at any verbosity
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune's own would end the sweep as if its work were done
     with cluster():
+        _check_room(trials[0].config, cpus, gpus)
         Tuner(
             tune.with_resources(_train, resources),
             param_space={"trial": tune.grid_search(packed)},
@@ -158,6 +159,26 @@ def history(directory: Path) -> list[tuple[int, float]]:
 
 def _name(trial: Any) -> str:
     return trial.config["trial"]["config"]["run"]["name"]
+
+
+def _check_room(config: Config, cpus: int, gpus: float) -> None:
+    """Refuse trials that no machine has room for.
+
+    Raises:
+        LaunchError: Tune would wait for ever.
+    """
+    if config.launch.launcher != "ray":
+        check_share({"--cpus-per-trial": cpus, "--gpus-per-trial": gpus})
+        return
+    have = ray.cluster_resources().get("GPU", 0.0)
+    if gpus > have:
+        raise LaunchError(
+            f"--gpus-per-trial must be at most the {have:g} GPUs of the cluster, got {gpus:g}; lower it, or add nodes."
+        )
+    workers, each = config.launch.workers, config.launch.cpus_per_worker
+    assert isinstance(workers, int)  # the command sees to it
+    assert isinstance(each, int)
+    offer(workers, each)
 
 
 def _room(config: Config) -> int:

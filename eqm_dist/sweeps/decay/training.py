@@ -30,6 +30,10 @@ class Run:
     def name(self) -> str:
         return self.trial.name
 
+    @property
+    def seed(self) -> int:
+        return self.trial.config.run.seed
+
 
 @dataclass(frozen=True)
 class Trainer:
@@ -55,7 +59,7 @@ class Trainer:
         """Train those that are not over; whether all are then.
 
         Raises:
-            LaunchError: there is no cluster.
+            LaunchError: there is no cluster, or it has no room for a run.
         """
         known = self.known()
         missing = {run.name: run for run in runs if run.name not in known}
@@ -86,12 +90,13 @@ def _trained(run: Run, ending: Ending) -> Trained:
     return Trained(
         name=run.name,
         overrides=dict(run.point),
-        seed=run.trial.config.run.seed,
+        seed=run.seed,
         how=ending.how,
         step=step,
         fid=None if ending.reason else fid,
         seconds=last_values(run.trial.directory / METRICS_FILE).get("time/step_s", 0.0) * step,
         failure=ending.reason,
+        parent=run.trial.origin[0].name if run.trial.origin else None,
     )
 
 
