@@ -235,7 +235,7 @@ def test_a_sweep_whose_trials_all_fail_fails_and_says_why(run: Path, tmp_path: P
         ended = commands.run("sweep-stepsize", *flags(run, tmp_path / "sweep", space))
         assert ended.code == 1
         assert "is complete" not in ended.out
-        assert ended.err.startswith("error: A sweep needs one trial that gives an FID, and all 2 of")
+        assert ended.err.startswith("error: A sweep needs one trial that gives an FID, and none of 2 trials in")
         assert "step_size 1e+30, for this: it diverges: 16 images of 16" in ended.err
         assert "results.csv has every reason" in ended.err
         assert [row["failure"] for row in rows(tmp_path / "sweep")] == [

@@ -18,6 +18,7 @@ from typing import Any
 import ray
 import torch
 from ray import tune
+from ray.exceptions import RayActorError
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
@@ -26,7 +27,7 @@ from eqm_dist.errors import EqmDistError, LaunchError
 from eqm_dist.launch import local, ray_train
 from eqm_dist.launch.fork import fork_run
 from eqm_dist.launch.ray_cluster import check_share, cluster, offer
-from eqm_dist.logs import log_file
+from eqm_dist.launch.ray_quiet import quiet
 from eqm_dist.open_run import hold_run, open_run
 from eqm_dist.options import dump, parse
 from eqm_dist.run_directory import METRICS_FILE
@@ -129,7 +130,7 @@ def run_trials(
     resources: dict[str, float] = {"CPU": 0, "memory": 1} if nested else {"CPU": cpus, "GPU": gpus}
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one prints tables, at any verbosity
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune's own would end the sweep as if its work were done
-    with cluster():
+    with quiet(), cluster():
         _check_room(trials[0].config, cpus, gpus)
         Tuner(
             tune.with_resources(_train, resources),
@@ -278,6 +279,12 @@ class _Watch(Callback):
         # Otherwise the time was up.
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        lines = str(trial.get_error() or "its process died").strip().splitlines()
-        log = log_file(self._trials[_name(trial)].directory, 0)
-        self._on_end(Ending(self._trials[_name(trial)], "lost", f"{lines[-1]} (log: {log})"))
+        self._on_end(Ending(self._trials[_name(trial)], "lost", _why(trial.get_error())))
+
+
+def _why(error: Exception | None) -> str:
+    """What an attempt after the other ended with, in a line."""
+    last = (str(error or "").strip().splitlines() or [""])[-1]
+    if not last or isinstance(error, RayActorError) or "worker process has died" in last:
+        return f"its process died {TRIES} times, as one does that has not enough memory or loses its machine"
+    return last[:300]

@@ -125,9 +125,13 @@ def table(order: Ranked, results: Sequence[Trained], keys: Sequence[str]) -> lis
         for row, standing in order
     ]
     lines = ranking([*(COLUMNS if several else COLUMNS[:1]), "step"], rows, keys, MOST_ROWS)
-    return lines + [
-        f"{one.how}: {one.name} ({shown(one.overrides, keys)}): {one.failure}" for one in results if one.failure
-    ]
+    return lines + [f"{one.how}: {told(one, keys)}: {one.failure}" for one in results if one.failure]
+
+
+def told(one: Trained, keys: Sequence[str]) -> str:
+    """A run with its point, where points differ."""
+    point = shown(one.overrides, keys)
+    return f"{one.name} ({point})" if point else one.name
 
 
 def lineage(results: Sequence[Trained], last: str) -> list[Trained]:

@@ -24,6 +24,7 @@ from eqm_dist.sweeps.decay.results import (
     ranked,
     summaries,
     table,
+    told,
     write_csv,
     write_lineage,
 )
@@ -103,6 +104,8 @@ def _conclude(plan: Plan, results: Sequence[Trained]) -> Findings:
     rows = summaries(results, (lambda one: one.name) if population else (lambda one: one.point))
     order = ranked(rows, plan.cost)
     files, lines = [write_csv(out, order, results)], table(order, results, plan.search.keys)
+    if any(one.failure for one in results):
+        lines.append(f"Their logs lie in {plan.runs}/RUN/logs.")
     if not population and any(one.how == "lost" for one in results):
         lines.append("The same command tries the lost ones again.")
     if not order:
@@ -147,8 +150,8 @@ def _all_failed(plan: Plan, results: Sequence[Trained]) -> str | None:
         return None
     first = failed[0]
     return (
-        f"A sweep needs one run that gives an FID, and all {len(results):,} of {plan.search.out} failed, the first one,"
-        f" {first.name} ({shown(first.overrides, plan.search.keys)}), for this: {first.failure}; its log is"
+        f"A sweep needs one run that gives an FID, and none of {counted(len(results), 'run')} in {plan.search.out} did,"
+        f" the first, {told(first, plan.search.keys)}, for this: {first.failure}; its log is"
         f" {log_file(plan.runs / first.name, 0)}, and {plan.search.out / CSV_FILE} has every reason; put it right and"
         " run the same command again, with another --out where the space changes."
     )

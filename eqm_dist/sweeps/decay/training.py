@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from eqm_dist.launch.ray_tune import EarlyStop, Ending, Trial, history, run_trials
+from eqm_dist.logs import log_file
 from eqm_dist.run_directory import METRICS_FILE
 from eqm_dist.sweeps.deadline import Deadline
 from eqm_dist.sweeps.decay.plan import Plan
@@ -126,8 +127,10 @@ class _News:
         name = ending.trial.name
         self._over[name], self._done[name] = ending.how, self._steps[name]
         if ending.reason:
-            point = shown(self._runs[name].point, self._keys)
-            logger.warning("%s (%s) %s: %s", name, point, ending.how, ending.reason)
+            run = self._runs[name]
+            point = f" ({found})" if (found := shown(run.point, self._keys)) else ""
+            log = log_file(run.trial.directory, 0)
+            logger.warning("%s%s %s: %s; its log is %s", name, point, ending.how, ending.reason, log)
 
     def _trials(self) -> Mapping[str, int]:
         running = len(self._done.keys() - self._over.keys())

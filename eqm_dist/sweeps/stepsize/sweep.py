@@ -26,7 +26,7 @@ from eqm_dist.sweeps.stepsize.results import (
     write_csv,
 )
 from eqm_dist.sweeps.sweep import Findings, Sweep, run_sweep
-from eqm_dist.text import labelled
+from eqm_dist.text import counted, labelled
 from eqm_dist.track.mlflow import SweepRecord
 
 
@@ -121,9 +121,10 @@ def _all_failed(plan: Plan, order: Sequence[Result]) -> str | None:
     """The sentence for a sweep without an FID."""
     if not order:
         return None
+    point = shown(order[0].overrides, plan.search.keys)
     return (
-        f"A sweep needs one trial that gives an FID, and all {len(order):,} of {plan.search.out} failed, the first one,"
-        f" {shown(order[0].overrides, plan.search.keys)}, for this: {order[0].failure}; {plan.search.out / CSV_FILE}"
+        f"A sweep needs one trial that gives an FID, and none of {counted(len(order), 'trial')} in {plan.search.out} did,"
+        f" the first{point and f', {point},'} for this: {order[0].failure}; {plan.search.out / CSV_FILE}"
         " has every reason; change the space and give another --out."
     )
 
