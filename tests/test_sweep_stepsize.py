@@ -409,6 +409,34 @@ def test_a_dry_run_writes_nothing(run: Path, tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.slow
+def test_a_terminated_sweep_ends_in_a_sentence_and_goes_on(run: Path, tmp_path: Path) -> None:
+    out, space = tmp_path / "sweep", {"sampler.name": "gd", "sampler.step_size": [0.02, 0.1], "sampler.nfe": [1000]}
+    command = [sys.executable, str(SCRIPT), *flags(run, out, space)]
+    process = subprocess.Popen(command, env=environment(run), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 100
+    while not (out / "results.jsonl").exists() or not results(out):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.terminate()
+    printed, said = process.communicate(timeout=60)
+    assert (process.returncode, printed) == (143, "")
+    assert [line for line in said.splitlines() if " | " not in line] == [
+        "terminated; run the same command again to resume."
+    ]
+    first = results(out)
+    main(flags(run, out, space))
+    assert results(out)[: len(first)] == first
+    assert len(rows(out)) == 2
+
+
+def environment(run: Path) -> dict[str, str]:
+    """Of a command in a process of its own, with a cluster of its own and the extractor of the tiny run."""
+    path = f"{run.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    return {**os.environ, "RAY_ADDRESS": "local", "PYTHONPATH": path}
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on(run: Path, tmp_path: Path) -> None:
@@ -416,12 +444,9 @@ def test_a_killed_sweep_goes_on(run: Path, tmp_path: Path) -> None:
     space = [{**part, "sampler.nfe": [400, 401, 402]} for part in SPACE]
     main(flags(run, whole, space))
     command = [sys.executable, str(SCRIPT), *flags(run, out, space, launcher="ray", actors=2)]
-    environment = {
-        **os.environ,
-        "RAY_ADDRESS": "local",
-        "PYTHONPATH": f"{run.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-    }
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, env=environment(run), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     end = time.monotonic() + 200
     while not (out / "results.jsonl").exists() or len(results(out)) < 4:
         assert process.poll() is None, process.communicate()[0]
@@ -430,7 +455,7 @@ def test_a_killed_sweep_goes_on(run: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = (out / "results.jsonl").read_bytes()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
+    done = subprocess.run(command, env=environment(run), capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr
     assert (out / "results.jsonl").read_bytes().startswith(before)
     fids = {row["trial"]: row["fid"] for row in rows(out)}

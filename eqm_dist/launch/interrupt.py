@@ -49,8 +49,11 @@ def ending_at_sigterm() -> Iterator[None]:
         yield
         return
 
+    asked = threading.Event()
+
     def end(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        asked.set()
         late = threading.Timer(END_S, os._exit, [Terminated.exit_code])
         late.daemon = True
         late.start()
@@ -59,5 +62,10 @@ def ending_at_sigterm() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
+    except BaseException:
+        if asked.is_set():  # Ray makes a plain interrupt of it
+            raise Terminated from None
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if not asked.is_set():
+            signal.signal(signal.SIGTERM, before)

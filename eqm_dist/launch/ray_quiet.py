@@ -1,5 +1,5 @@
-"""Ray prints pages about every process that dies, for those who develop it. Whoever starts trials says it in a sentence,
-and Ray's log files keep the rest.
+"""Ray prints pages about every process that dies, for those who develop it. Whoever starts trials says it in a
+sentence, and Ray's log files keep the rest.
 """
 
 import logging

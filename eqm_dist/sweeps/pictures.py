@@ -43,9 +43,7 @@ def points_over_seeds(standings: Sequence[Standing], keys: Sequence[str]) -> Fig
     _fids(panels[0], rows)
     panels[0].set_yticks(range(len(rows)), [shown(row.point.overrides, keys) for row in rows], fontsize=8)
     panels[0].invert_yaxis()
-    panels[0].set_xlabel(
-        "FID: mean and standard deviation over seeds; each seed a dot" if several else "FID of one seed"
-    )
+    panels[0].set_xlabel("FID over seeds: mean and standard deviation" if several else "FID of one seed")
     if pairs:
         _above_lowest(panels[1], rows)
     return figure
@@ -71,7 +69,7 @@ def _above_lowest(axes: Axes, rows: Sequence[Standing]) -> None:
         elif row.lowest:
             axes.scatter([0], [place], color="black", zorder=3)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_xlabel("above the lowest, paired by seed: mean and 95 % interval")
+    axes.set_xlabel("above the lowest, in pairs: 95 % interval")
     axes.grid(axis="x", alpha=0.25)
 
 

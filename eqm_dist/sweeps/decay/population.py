@@ -69,8 +69,8 @@ def next_members(plan: Plan, trained: Sequence[Trained], generation: int) -> lis
         first = trained[order[0]]
         raise LaunchError(
             f"A population needs one member that gives an FID, and none of generation {generation} did,"
-            f" {first.name} for this: {first.failure}; its log is {log_file(plan.runs / first.name, 0)}; put it right, and give another"
-            " --out."
+            f" {first.name} for this: {first.failure}; its log is {log_file(plan.runs / first.name, 0)}; put it right,"
+            " and give another --out."
         )
     replaced = max(1, len(order) // plan.reduction) if len(order) > 1 else 0
     worst = {*order[len(order) - replaced :], *(member for member in order if trained[member].fid is None)}

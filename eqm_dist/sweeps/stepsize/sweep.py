@@ -121,11 +121,12 @@ def _all_failed(plan: Plan, order: Sequence[Result]) -> str | None:
     """The sentence for a sweep without an FID."""
     if not order:
         return None
-    point = shown(order[0].overrides, plan.search.keys)
+    out, first = plan.search.out, order[0]
+    point = shown(first.overrides, plan.search.keys) or "all there is"
     return (
-        f"A sweep needs one trial that gives an FID, and none of {counted(len(order), 'trial')} in {plan.search.out} did,"
-        f" the first{point and f', {point},'} for this: {order[0].failure}; {plan.search.out / CSV_FILE}"
-        " has every reason; change the space and give another --out."
+        f"A sweep needs one trial that gives an FID, and none of {counted(len(order), 'trial')} in {out} did, the"
+        f" first, {point}, for this: {first.failure}; {out / CSV_FILE} has every reason; change the space, and give"
+        " another --out."
     )
 
 
