@@ -1,7 +1,8 @@
 """Points that were measured with the same seeds, side by side: the lowest, those tied with it, the one that is taken.
 
-A verdict compares a point with the lowest mean FID: ``tied`` where the 95 % t interval of the paired difference holds
-0, ``worse`` where it does not. Of a tie the cheapest is taken.
+A verdict compares a point with the lowest mean FID by the paired difference of the two: ``worse`` where its 95 % t
+interval leaves out 0, else ``tied`` where its mean is within one standard error of 0, else ``unclear``: more seeds
+would tell. Of a tie the cheapest is taken.
 """
 
 from collections.abc import Mapping, Sequence
@@ -61,9 +62,9 @@ class Standing:
 
     @property
     def verdict(self) -> str | None:
-        """``lowest``, ``tied`` or ``worse``; None where one seed does not say."""
+        """``lowest``, ``tied``, ``unclear`` or ``worse``; None where one seed does not say."""
         if self.above is not None:
-            return "tied" if self.above.tied else "worse"
+            return "worse" if self.above.told else "tied" if self.above.tied else "unclear"
         return "lowest" if self.lowest and len(self.point.fids) > 1 else None
 
 
@@ -105,19 +106,19 @@ def csv_cells(standing: Standing | None) -> list[Any]:
     return [*row, standing.above.mean, *standing.above.interval, standing.verdict, standing.above.seeds_to_tell]
 
 
-def ties(standings: Sequence[Standing], keys: Sequence[str]) -> list[str]:
-    """The other points that share the lowest FID with the first one, as far as these seeds say, a line for each."""
+def others(standings: Sequence[Standing], keys: Sequence[str]) -> dict[str, str]:
+    """The other points that may be as good as the first one, by what is said of them: ``tied with`` and ``unclear``."""
+    found: dict[str, list[str]] = {"tied with": [], "unclear": []}
     if not standings or standings[0].verdict is None:
-        return []
-    first, *others = standings
-    found: list[str] = []
-    for other in others:
-        if other.verdict not in ("lowest", "tied"):
-            continue
+        return {}
+    first = standings[0]
+    for other in standings[1:]:
         pair = first.above if other.lowest else other.above if first.lowest else None  # all pairs have the lowest
-        told = f"; about {_seeds(pair)} seeds would tell the two apart" if pair is not None else ""
-        found.append(f"{shown(other.point.overrides, keys)} (FID {other.point.said}){told}")
-    return found
+        told = f", about {_seeds(pair)} would tell the two apart" if pair is not None else ""
+        if other.verdict in ("lowest", "tied", "unclear"):
+            said = f"{shown(other.point.overrides, keys)} (FID {other.point.said}{told})"
+            found["unclear" if other.verdict == "unclear" else "tied with"].append(said)
+    return {label: "; ".join(said) for label, said in found.items() if said}
 
 
 def by_trial(standings: Sequence[Standing]) -> Mapping[str, Standing]:

@@ -32,9 +32,14 @@ class Difference:
     spread: float
 
     @property
+    def error(self) -> float:
+        """The standard error of the mean difference."""
+        return self.spread / math.sqrt(self.seeds)
+
+    @property
     def margin(self) -> float:
         """Half the width of the interval."""
-        return t_quantile(self.seeds - 1) * self.spread / math.sqrt(self.seeds)
+        return t_quantile(self.seeds - 1) * self.error
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -42,10 +47,18 @@ class Difference:
         return self.mean - self.margin, self.mean + self.margin
 
     @property
-    def tied(self) -> bool:
-        """Whether the interval holds 0: these seeds do not say which of the two is better."""
+    def told(self) -> bool:
+        """Whether the interval leaves out 0: these seeds say which of the two is better."""
         low, high = self.interval
-        return low <= 0 <= high
+        return not low <= 0 <= high
+
+    @property
+    def tied(self) -> bool:
+        """Whether the two are as good as each other: not told apart, and within one standard error.
+
+        Of few seeds the interval alone is so wide that it holds 0 for almost everything.
+        """
+        return not self.told and abs(self.mean) <= self.error
 
     @property
     def seeds_to_tell(self) -> int | None:

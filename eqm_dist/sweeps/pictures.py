@@ -64,7 +64,7 @@ def _fids(axes: Axes, rows: Sequence[Standing]) -> None:
 def _above_lowest(axes: Axes, rows: Sequence[Standing]) -> None:
     for place, row in enumerate(rows):
         if row.above is not None:
-            colour = "C0" if row.above.tied else "C3"
+            colour = {"tied": "C0", "unclear": "C1"}.get(str(row.verdict), "C3")
             axes.errorbar(row.above.mean, place, xerr=row.above.margin, fmt="o", color=colour, capsize=4)
         elif row.lowest:
             axes.scatter([0], [place], color="black", zorder=3)

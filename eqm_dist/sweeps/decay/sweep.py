@@ -10,7 +10,7 @@ from eqm_dist.logs import log_file
 from eqm_dist.options import dump, flatten, with_overrides
 from eqm_dist.run_directory import CHECKPOINTS, MLFLOW_FILE
 from eqm_dist.runs import runs_root
-from eqm_dist.sweeps.comparison import Standing, figures, ties
+from eqm_dist.sweeps.comparison import Standing, figures, others
 from eqm_dist.sweeps.deadline import Deadline
 from eqm_dist.sweeps.decay.pictures import pictures
 from eqm_dist.sweeps.decay.plan import Plan
@@ -113,8 +113,7 @@ def _conclude(plan: Plan, results: Sequence[Trained]) -> Findings:
     best, standings = order[0][0], [standing for row, standing in order if row.step == rows[0].step]
     files += save_pictures(out, pictures(plan, standings))
     next_steps = {"best": f"{shown(best.overrides, plan.search.keys)}, FID {standings[0].point.said}"}
-    if tied := ties(standings, plan.search.keys):
-        next_steps["tied with"] = "; ".join(tied)
+    next_steps |= others(standings, plan.search.keys)
     if population:
         runs = lineage(results, best.runs[0])
         files.append(write_lineage(out, runs))
@@ -124,7 +123,7 @@ def _conclude(plan: Plan, results: Sequence[Trained]) -> Findings:
         origin = ["The schedule that led to it, for these keys are its last part only; its weights are the result:"]
         origin += [*_schedule(plan, runs), f"checkpoint: {_checkpoint(plan, best)}"]
     else:
-        origin = [f"tied with {other}" for other in tied]
+        origin = [f"{label} {said}" for label, said in others(standings, plan.search.keys).items()]
         next_steps["train it"] = f"python pipelines/train.py --config {out / BEST_FILE} --run.name best"
     files.append(_write_best(plan, best, standings[0], len(order), origin))
     return Findings([*lines, "", *labelled(next_steps, "  ")], files, figures(standings[0].point))

@@ -7,7 +7,7 @@ from typing import Any
 
 from eqm_dist.launch.evaluation import Reference
 from eqm_dist.options import dump
-from eqm_dist.sweeps.comparison import Standing, by_trial, figures, ties
+from eqm_dist.sweeps.comparison import Standing, by_trial, figures, others
 from eqm_dist.sweeps.deadline import Deadline
 from eqm_dist.sweeps.ledger import Ledger
 from eqm_dist.sweeps.pictures import save_pictures
@@ -109,7 +109,7 @@ def _conclude(plan: Plan, results: Sequence[Result]) -> Findings:
         lines += [f"The finalists, by seeds {seeds[0]} to {seeds[-1]}:", *comparison_table(standings, keys), ""]
     next_steps = {
         "best": f"{shown(best.overrides, keys)}, FID {_fid(best, standings)}",
-        **({"tied with": "; ".join(tied)} if (tied := ties(standings, keys)) else {}),
+        **others(standings, keys),
         "config": str(out / BEST_FILE),
         "draw": f"python pipelines/sample.py --model {plan.model.run or plan.model.source} --config {out / BEST_FILE}",
     }
@@ -137,7 +137,7 @@ def _fid(best: Result, standings: Sequence[Standing]) -> str:
 def _write_best(plan: Plan, best: Result, standings: Sequence[Standing], trials: int) -> Path:
     origin = [
         f"FID {_fid(best, standings)}, with {best.samples:,} samples of {plan.model.source}, the best of {trials:,}",
-        *(f"tied with {other}" for other in ties(standings, plan.search.keys)),
+        *(f"{label} {said}" for label, said in others(standings, plan.search.keys).items()),
     ]
     sampler = plan.model_of(best.overrides).config.sampler
     return write_best(plan.search.out, origin, {"sampler": dump(sampler)})
