@@ -184,14 +184,17 @@ def add_work_flags(command: argparse.ArgumentParser, batch: int, seeds: str) -> 
     command.add_argument("--seed", type=seed, default=0, metavar="N", help=f"seed of {seeds} (default: %(default)s)")
 
 
-def add_search_flags(command: argparse.ArgumentParser, kind: str, searches: Sequence[str], trials: str) -> None:
+def add_search_flags(
+    command: argparse.ArgumentParser, kind: str, searches: Sequence[str], trials: str, out: str
+) -> None:
     """The flags of all sweeps: what is searched and how, for how long, and where the results go.
 
     Args:
         command: gets the flags.
-        kind: of the sweep, which names its default space and directory.
+        kind: of the sweep, which names its default space.
         searches: names of ``--search``, the default first.
         trials: what their number is of, and how many there are by default.
+        out: the default directory.
     """
     command.add_argument(
         "--space", metavar="FILE",
@@ -206,7 +209,7 @@ def add_search_flags(command: argparse.ArgumentParser, kind: str, searches: Sequ
         "--hours", type=hours, metavar="H",
         help="nothing begins, and no training goes on, after H hours; the same command continues (default: no limit)",
     )  # fmt: skip
-    command.add_argument("--out", metavar="DIR", help=f"directory for the results (default: sweeps/{kind}...)")
+    command.add_argument("--out", metavar="DIR", help=f"directory for the results (default: {out})")
     command.add_argument("--dry-run", action="store_true", help="print the plan and its cost, and compute nothing")
 
 

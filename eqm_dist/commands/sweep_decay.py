@@ -35,18 +35,19 @@ def make_parser() -> argparse.ArgumentParser:
         "decay",
         ["grid", "random", "pbt"],
         f"points of a random search, or of members of pbt (default: {TRIALS})",
+        "sweeps/decay",
     )
     parser.add_argument(
         "--seeds", type=cli.count, metavar="N", help=f"number of runs of each point (default: {SEEDS}; pbt has 1)"
     )
     parser.add_argument(
         "--reduction", type=cli.count, metavar="N",
-        help="at each rung the best 1/N of the trials by FID go on, and the others stop (default: all go on);"
+        help="at each rung the best 1/N of the points go on, by the FID of their first seed (default: all go on);"
         f" pbt: the worst 1/N of the members are replaced (default: {REPLACED})",
     )  # fmt: skip
     parser.add_argument(
         "--grace", type=cli.count, metavar="STEPS",
-        help="number of steps before a trial may stop, or of a generation of pbt (default: evaluation.every)",
+        help="number of steps before a point may be stopped, or of a generation of pbt (default: evaluation.every)",
     )  # fmt: skip
     parser.add_argument(
         "--cpus-per-trial",

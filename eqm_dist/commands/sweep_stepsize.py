@@ -34,6 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
         "stepsize",
         ["grid", "random", "optuna"],
         f"points of a random or Optuna search (default: {TRIALS})",
+        "sweeps/stepsize-NAME-stepN",
     )
     parser.add_argument(
         "--rungs", type=_counts, metavar="N,N",
