@@ -8,10 +8,14 @@ import argparse
 import io
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from eqm_dist.config import Config, TrackConfig
@@ -341,11 +345,13 @@ def overrides_from(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Run a command and leave.
-
-    Exit codes: 0 done, 2 the user's input is wrong, 130 interrupted, 143 terminated, 1 anything else.
-    """
+    """Run a command and leave: 0 done, 2 the input is wrong, 130 interrupted, 143 terminated, 1 anything else."""
     settle_user()
+    with _raised_when_terminated():
+        _run(main)
+
+
+def _run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not be text that the terminal can show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -353,9 +359,9 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except EqmDistError as error:
         print(f"error: {as_started(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except Terminated as ended:
+    except Terminated:
         print("terminated; run the same command again to resume.", file=sys.stderr)
-        sys.exit(ended.exit_code)
+        sys.exit(128 + signal.SIGTERM)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume.", file=sys.stderr)
         sys.exit(130)
@@ -371,6 +377,23 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
         print(redacted(traceback.format_exc()), end="", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
+
+
+@contextmanager
+def _raised_when_terminated() -> Iterator[None]:
+    """Make SIGTERM what Ctrl-C is, so that locks, clusters and records are left as they should be."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _value(option: Option, text: str) -> Any:

@@ -64,6 +64,4 @@ class LaunchError(EqmDistError):
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end with SIGTERM, and ends like one that its user interrupts."""
-
-    exit_code = 143
+    """The system asks the process to end (SIGTERM), as schedulers do some seconds before they kill it."""

@@ -1,18 +1,10 @@
-"""Ctrl-C: the first one asks the run to save and to end, the second one ends it at once. SIGTERM ends a sweep."""
+"""Ctrl-C: the first one asks the run to save and to end, the second one ends it at once."""
 
-import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
-
-from eqm_dist.errors import Terminated
-
-END_S = 60.0
-"""Seconds within which what was terminated must have ended by itself."""
 
 
 class Interrupt:
@@ -37,35 +29,3 @@ class Interrupt:
             raise KeyboardInterrupt
         self.asked = True
         print("interrupted: the run saves a checkpoint and ends; Ctrl-C again ends it at once", file=sys.stderr)
-
-
-@contextmanager
-def ending_at_sigterm() -> Iterator[None]:
-    """End the block with ``Terminated`` when this process is asked to end, and the process if that takes a minute.
-
-    Later ones are ignored, so that none falls into the end that the first one began.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    asked = threading.Event()
-
-    def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        asked.set()
-        late = threading.Timer(END_S, os._exit, [Terminated.exit_code])
-        late.daemon = True
-        late.start()
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    except BaseException:
-        if asked.is_set():  # Ray makes a plain interrupt of it
-            raise Terminated from None
-        raise
-    finally:
-        if not asked.is_set():
-            signal.signal(signal.SIGTERM, before)

@@ -62,7 +62,7 @@ def cluster() -> Iterator[None]:
     local = address == "local"
     with _private_directory() if local else nullcontext("") as private:
         try:
-            with _own_sigterm():
+            with _own_signals():
                 _start(private) if local else _join(address)
             yield
         finally:
@@ -70,13 +70,13 @@ def cluster() -> Iterator[None]:
 
 
 @contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep the handler of SIGTERM that there is, in whose place Ray puts its own, which ends the process."""
+def _own_signals() -> Iterator[None]:
+    """Keep the process's handler of SIGTERM: Ray sets one that prints the stack of its C++ and aborts."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        if callable(before) and threading.current_thread() is threading.main_thread():
+        if before is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from eqm_dist.errors import LaunchError
-from eqm_dist.launch.interrupt import ending_at_sigterm
+from eqm_dist.launch.termination import ending_at_sigterm
 from eqm_dist.runs import in_ray_job
 from eqm_dist.storage.lease import hold
 from eqm_dist.sweeps.deadline import Deadline
