@@ -356,6 +356,7 @@ def test_a_trial_that_died_with_its_process_is_tried_again_by_the_same_command(t
     out = run(tmp_path, arguments, code=1)
     news, error = out.splitlines()  # and no trace of anybody
     log = next((tmp_path / "sweep" / "runs").glob("*/logs/rank-0000.log"))
+    assert log.read_text().count("the trial begins in process") == 3
     assert news.endswith(f"lost: its process died 3 times, as one does that has not enough memory or loses its machine;"
                          f" its log is {log}")  # fmt: skip
     assert error.startswith("error: A sweep needs one run that gives an FID, and none of 1 run in")

@@ -6,8 +6,10 @@ Train run, whose workers reserve their resources together, all or none; it takes
 each other but never hold what another one needs. Figures reach Tune from ``metrics.jsonl``, whoever trains.
 """
 
+import logging
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,12 +30,15 @@ from eqm_dist.launch import local, ray_train
 from eqm_dist.launch.fork import fork_run
 from eqm_dist.launch.ray_cluster import check_share, cluster, offer
 from eqm_dist.launch.ray_quiet import quiet
+from eqm_dist.logs import log_file, setup_logging
 from eqm_dist.open_run import hold_run, open_run
 from eqm_dist.options import dump, parse
 from eqm_dist.run_directory import METRICS_FILE
 from eqm_dist.track.jsonl import read_metrics
 from eqm_dist.track.mlflow import nest
 from eqm_dist.train.evaluations import SCORE
+
+logger = logging.getLogger(__name__)
 
 POLL_S = 0.3
 TRIES = 3
@@ -200,6 +205,9 @@ def _train(param: dict[str, Any]) -> None:
     def work() -> None:
         try:
             torch.set_num_threads(packed["threads"])
+            # Before all that can fail: whoever is told of a dead trial is told of this file.
+            setup_logging(log_file(Trial(config).directory, 0), console=False)
+            logger.info("the trial begins in process %d on %s", os.getpid(), socket.gethostname())
             if packed["origin"]:
                 source, step = packed["origin"]
                 fork_run(Path(source), step, Trial(config).directory)
@@ -209,6 +217,8 @@ def _train(param: dict[str, Any]) -> None:
                     nest(opened.mlflow, packed["parent"])
                 (ray_train if config.launch.launcher == "ray" else local).train(opened)
         except BaseException as error:
+            if not isinstance(error, EqmDistError):  # an own one says all in its sentence
+                logger.exception("the trial failed")
             failure.append(error)
 
     thread = threading.Thread(target=work, name="training", daemon=True)
