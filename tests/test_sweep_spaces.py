@@ -181,7 +181,8 @@ def test_a_grid_may_grow_and_a_random_search_may_draw_more() -> None:
     assert search([{NAME: "gd", ETA: [0.001, 0.01, 0.1]}, TWO_METHODS[1]]).may_change("space", kept)  # said otherwise
     for other in (TWO_METHODS[:1], [{NAME: "gd", ETA: [0.001]}, TWO_METHODS[1]]):
         assert not search(other).may_change("space", kept)
-    for junk in (None, 3, [3], [{ETA: 3}], [{ETA: {"lo": 1}}], {"a": 1}, [{ETA: {"values": 3}}]):
+    for junk in (None, 3, [3], [{ETA: 3}], [{ETA: {"lo": 1}}], {"a": 1}, [{ETA: {"values": 3}}],
+                 [{ETA: {"low": "a", "high": 2, "points": "x", "log": True, "whole": 1}}]):  # fmt: skip
         assert not search(grown).may_change("space", junk)
     assert not search(grown, "random").may_change("space", kept)  # its draws would be others
     assert search(grown, "random").may_change("trials", 3)

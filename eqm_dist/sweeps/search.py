@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eqm_dist.errors import ConfigError
 from eqm_dist.sweeps.spaces import Overrides, Space, recorded, restored, trial_name
 
 
@@ -64,6 +65,8 @@ class Search:
 
     def _holds(self, before: Any) -> bool:
         """Whether all points of a grid that was recorded are among these."""
-        earlier = restored(before)
         names = {trial_name(point) for point in self.points()}
-        return earlier is not None and all(trial_name(point) in names for point in earlier.grid())
+        try:
+            return all(trial_name(point) in names for point in restored(before).grid())
+        except (TypeError, ValueError, KeyError, AttributeError, ConfigError):  # what is recorded is no grid
+            return False

@@ -154,16 +154,13 @@ def recorded(space: Space) -> list[dict[str, Any]]:
     return [{key: vars(axis) for key, axis in part.items()} for part in space.alternatives]
 
 
-def restored(record: Any) -> Space | None:
-    """The space that ``recorded`` made this of; None where it is something else."""
+def restored(record: Any) -> Space:
+    """The space that ``recorded`` made this of. Of something else it makes an error of Python's, or a space in vain."""
 
     def axis(values: Mapping[str, Any]) -> Axis:
         return Choices(tuple(values["values"])) if "values" in values else Interval(**values)
 
-    try:
-        return Space(tuple({key: axis(values) for key, values in part.items()} for part in record))
-    except (TypeError, KeyError, AttributeError):
-        return None
+    return Space(tuple({key: axis(values) for key, values in part.items()} for part in record))
 
 
 def read_space(path: str, known: Collection[str]) -> Space:
