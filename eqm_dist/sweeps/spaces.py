@@ -155,7 +155,11 @@ def recorded(space: Space) -> list[dict[str, Any]]:
 
 
 def restored(record: Any) -> Space:
-    """The space that ``recorded`` made this of. Of something else it makes an error of Python's, or a space in vain."""
+    """The space that ``recorded`` made this of.
+
+    Raises:
+        AttributeError, KeyError, TypeError: it made it of something else.
+    """
 
     def axis(values: Mapping[str, Any]) -> Axis:
         return Choices(tuple(values["values"])) if "values" in values else Interval(**values)
