@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 CONFIDENCE = 0.95
 MOST_SEEDS = 1000
@@ -113,6 +114,7 @@ def seeds_to_tell(mean: float, spread: float) -> int | None:
     return most
 
 
+@cache
 def t_quantile(freedom: int) -> float:
     """The t below which a share of (1 + 0.95) / 2 of Student's distribution lies."""
     low, high = 0.0, 20.0  # 12.7 with one degree of freedom
