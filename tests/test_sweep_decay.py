@@ -89,24 +89,22 @@ def run(
         "PYTHONPATH": path,
         "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": cpus}),
     }
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True,
-    )  # fmt: skip
-    if kill_at is None:
-        out = process.communicate(timeout=500)[0]
-        assert process.returncode == code, out
-        return out
-    end = time.monotonic() + 400
-    while len(results(root)) < kill_at:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    process.send_signal(number)
-    out = process.communicate(timeout=90)[0]
-    if number == signal.SIGTERM:
-        assert process.returncode == code, out
-    return out
+    # Into a file: a pipe would stay open for as long as any process of a killed driver's cluster lives.
+    said = root / "said.txt"
+    with said.open("w") as file:
+        command = [sys.executable, str(SCRIPT), *arguments]
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    if kill_at is not None:
+        end = time.monotonic() + 400
+        while len(results(root)) < kill_at:
+            assert process.poll() is None, said.read_text()
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        process.send_signal(number)
+    process.wait(timeout=500 if kill_at is None else 90)
+    if kill_at is None or number != signal.SIGKILL:
+        assert process.returncode == code, said.read_text()
+    return said.read_text()
 
 
 def test_a_fork_goes_on_as_its_origin_would_have(tmp_path: Path) -> None:

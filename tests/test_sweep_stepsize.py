@@ -444,19 +444,22 @@ def test_a_killed_sweep_goes_on(run: Path, tmp_path: Path) -> None:
     space = [{**part, "sampler.nfe": [400, 401, 402]} for part in SPACE]
     main(flags(run, whole, space))
     command = [sys.executable, str(SCRIPT), *flags(run, out, space, launcher="ray", actors=2)]
-    process = subprocess.Popen(
-        command, env=environment(run), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    # Into files: a pipe would stay open for as long as any process of the killed driver's cluster lives.
+    with (tmp_path / "killed.txt").open("w") as said:
+        process = subprocess.Popen(command, env=environment(run), stdout=said, stderr=subprocess.STDOUT)
     end = time.monotonic() + 200
     while not (out / "results.jsonl").exists() or len(results(out)) < 4:
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, (tmp_path / "killed.txt").read_text()
         assert time.monotonic() < end
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = (out / "results.jsonl").read_bytes()
-    done = subprocess.run(command, env=environment(run), capture_output=True, text=True, timeout=250, check=False)
-    assert done.returncode == 0, done.stderr
+    with (tmp_path / "done.txt").open("w") as said:
+        done = subprocess.run(
+            command, env=environment(run), stdout=said, stderr=subprocess.STDOUT, timeout=250, check=False
+        )
+    assert done.returncode == 0, (tmp_path / "done.txt").read_text()
     assert (out / "results.jsonl").read_bytes().startswith(before)
     fids = {row["trial"]: row["fid"] for row in rows(out)}
     for row in rows(whole):
