@@ -445,7 +445,7 @@ def test_a_population_is_the_same_after_a_kill(tmp_path: Path) -> None:
     checkpoint = Path(next(line for line in best.splitlines() if "checkpoint: " in line).partition("checkpoint: ")[2])
     assert (checkpoint / "COMPLETE.json").exists()
     assert checkpoint.parent.parent.name == schedule[-1]["run"]
-    recorded = {one["run"]: one["parent"] for one in csv.DictReader((out / "results.csv").open())}
+    recorded = {one["run"]: one["parent"] for one in csv.DictReader((out / "results.csv").read_text().splitlines())}
     assert recorded == {line["name"]: line["parent"] or "" for line in found[0]}
     last = list(read_metrics(tmp_path / "whole" / "sweep" / "runs" / "g002-m000" / "metrics.jsonl"))
     assert [line["step"] for line in last if "train/loss" in line] == [1, 2, 3, 4, 5, 6]  # with its origin's past
