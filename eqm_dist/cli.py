@@ -188,6 +188,35 @@ def add_work_flags(command: argparse.ArgumentParser, batch: int, seeds: str) -> 
     command.add_argument("--seed", type=seed, default=0, metavar="N", help=f"seed of {seeds} (default: %(default)s)")
 
 
+def add_search_flags(
+    command: argparse.ArgumentParser, kind: str, searches: Sequence[str], trials: str, out: str
+) -> None:
+    """The flags of all sweeps: what is searched and how, for how long, and where the results go.
+
+    Args:
+        command: gets the flags.
+        kind: of the sweep, which names its default space.
+        searches: names of ``--search``, the default first.
+        trials: what their number is of, and how many there are by default.
+        out: the default directory.
+    """
+    command.add_argument(
+        "--space", metavar="FILE",
+        help=f"file of the search space, YAML or Python (default: eqm_dist/sweeps/{kind}/space.yaml)",
+    )  # fmt: skip
+    command.add_argument(
+        "--search", choices=searches, default=searches[0],
+        help="how points of the space are chosen (default: %(default)s)",
+    )  # fmt: skip
+    command.add_argument("--trials", type=count, metavar="N", help=f"number of {trials}")
+    command.add_argument(
+        "--hours", type=hours, metavar="H",
+        help="nothing begins, and no training goes on, after H hours; the same command continues (default: no limit)",
+    )  # fmt: skip
+    command.add_argument("--out", metavar="DIR", help=f"directory for the results (default: {out})")
+    command.add_argument("--dry-run", action="store_true", help="print the plan and its cost, and compute nothing")
+
+
 def add_actor_flags(command: argparse.ArgumentParser) -> None:
     """The flags of commands whose work is done by actors: where, and how many."""
     command.add_argument(

@@ -10,9 +10,12 @@ def runs_root(root: str | None = None) -> Path:
     """The directory that holds all runs: ``run.root``, or the default where that is None."""
     if root is not None:
         return local_path(root)
-    # Ray unpacks a submitted working directory into a copy that it throws away: runs there would be lost.
-    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    return local_path("~/eqm-dist-runs" if in_job else "runs")
+    return local_path("~/eqm-dist-runs" if in_ray_job() else "runs")
+
+
+def in_ray_job() -> bool:
+    """Whether this is a submitted Ray job, whose working directory is a copy that Ray throws away."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def sweep_directory(name: str) -> Path:

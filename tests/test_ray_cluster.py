@@ -13,6 +13,7 @@ import pytest
 
 from eqm_dist.errors import LaunchError
 from eqm_dist.launch import ray_cluster
+from eqm_dist.launch.ray_actors import _divide, _Share
 
 
 @pytest.mark.parametrize("address", ["http://head:8265", "head", "nonsense:::", "head:port", "https://u:secret@head:1"])
@@ -122,6 +123,7 @@ def test_the_token_of_the_home_is_for_nobody_else_to_read(monkeypatch: pytest.Mo
 LOOK = """
 import json, os, psutil, ray
 from pathlib import Path
+from eqm_dist.launch.ray_actors import _divide, _Share
 from eqm_dist.launch.ray_cluster import cluster
 
 with cluster():
@@ -151,3 +153,12 @@ def test_a_local_cluster_is_nobody_elses(tmp_path: Path) -> None:
     assert seen["mode"] == "0o700"
     assert not Path(seen["private"]).exists()
     assert not (tmp_path / "none").exists()
+
+
+def test_no_actor_waits_for_a_cpu_that_nobody_has() -> None:
+    assert _divide([{"CPU": 1.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 2.0}]) == (3, _Share(1, 1))
+    assert _divide([{"CPU": 8.0, "GPU": 2.0}]) == (2, _Share(4, 1))
+    assert _divide([{"CPU": 3.0}, {}]) == (3, _Share(1, 0))
+    for nodes in ([], [{"CPU": 0.0}], [{"GPU": 1.0}]):
+        with pytest.raises(LaunchError, match="The cluster must have a CPU for an actor"):
+            _divide(nodes)

@@ -2,6 +2,10 @@
 
 import json
 import logging
+import os
+import signal
+import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,14 +14,16 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from eqm_dist import cli
 from eqm_dist.config import TrackConfig
-from eqm_dist.errors import LaunchError
+from eqm_dist.errors import DataError, LaunchError, Terminated
 from eqm_dist.presets import digits
+from eqm_dist.runs import sweep_directory
 from eqm_dist.sweeps.deadline import Deadline
 from eqm_dist.sweeps.ledger import Ledger
 from eqm_dist.sweeps.live import Live
 from eqm_dist.sweeps.record import Record
-from eqm_dist.sweeps.report import write_best
+from eqm_dist.sweeps.report import title, write_best
 from eqm_dist.sweeps.search import Search
 from eqm_dist.sweeps.spaces import parse_space
 from eqm_dist.sweeps.sweep import Findings, Sweep, run_sweep
@@ -51,7 +57,7 @@ def run(root: Path, work: Work, track: TrackConfig) -> str:
 
     def conclude(results: Sequence[Found]) -> Findings:
         best = min(found.fid for found in results)
-        return Findings([f"{len(results)} found"], [write_best(out, "it is the best", {"a": 1})], {"eval/fid": best})
+        return Findings([f"{len(results)} found"], [write_best(out, ["it is the best"], {"a": 1})], {"eval/fid": best})
 
     def log(record: SweepRecord, found: Found) -> None:
         record.log_trial(found.name, found.name, {}, {"eval/fid": found.fid}, 1, None)
@@ -78,9 +84,9 @@ def test_a_sweep_goes_on_with_its_ledger_and_sends_every_result_once(tmp_path: P
     report = run(tmp_path, partial(find, "ab", False), TrackConfig(mlflow=False))  # as if all was missed
     assert report.splitlines()[1:] == [f"{tmp_path / 'sweep'}: the time is up; the same command goes on", "", "2 found"]
     assert not (tmp_path / "sweep" / "mlflow.json").exists()
-    for names, status, title in (("abc", False, "the time is up"), ("abc", True, "is complete")):
+    for names, status, words in (("abc", False, "the time is up"), ("abc", True, "is complete")):
         report = run(tmp_path, partial(find, names, status), track)
-        assert title in report
+        assert words in report
         assert report.endswith("3 found")
         client, parent = recorded(tmp_path)
         assert client.get_run(parent).info.status == ("FINISHED" if status else "KILLED")
@@ -111,6 +117,87 @@ def test_a_sweep_that_is_cut_short_closes_its_record(
     client, parent = recorded(tmp_path)
     assert client.get_run(parent).info.status == status
     assert len((tmp_path / "sweep" / "results.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_whole_sweep_without_an_fid_has_failed_and_one_whose_time_is_up_has_not(
+    tmp_path: Path, track: TrackConfig
+) -> None:
+    def conclude(results: Sequence[Found]) -> Findings:
+        return Findings(["nothing"], failure="No trial gave an FID.")
+
+    for complete in (False, True):
+        record = Record(track, tmp_path, digits(), {})
+        sweep = Sweep(search(tmp_path), {}, Found, record, lambda *_: None, lambda *_, done=complete: done, conclude)
+        if complete:
+            with pytest.raises(LaunchError, match="No trial gave an FID"):
+                run_sweep(sweep, None)
+        else:
+            assert "the time is up" in run_sweep(sweep, None)
+        client, parent = recorded(tmp_path)
+        assert client.get_run(parent).info.status == ("FAILED" if complete else "KILLED")
+
+
+def test_a_sweep_that_is_terminated_closes_its_record_and_leaves_the_signal_to_others(
+    tmp_path: Path, track: TrackConfig
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def work(ledger: Ledger[Found], *_: object) -> bool:
+        ledger.add(Found("a", 1.0))
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None  # as Ray does with whatever a handler raises
+        return True
+
+    try:
+        with pytest.raises(Terminated):
+            run(tmp_path, work, track)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    client, parent = recorded(tmp_path)
+    assert client.get_run(parent).info.status == "KILLED"
+    assert run(tmp_path, partial(find, "ab", True), track).endswith("2 found")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_terminated_command_leaves_with_143_and_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(_: Sequence[str]) -> None:
+        raise Terminated
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main)
+    assert ended.value.code == 143
+    assert capsys.readouterr().err == "terminated; run the same command again to resume.\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("settings.json", b"[" * 100_000, "nested too deeply"),
+        ("settings.json", b"[1]", "holds list instead of an object"),
+        ("settings.json", b"\xff", "must be the JSON that says what a sweep is"),
+        ("results.jsonl", b'{"name": "a"}\n', "must be a result of this kind of sweep, and one is not .fid:"),
+        ("results.jsonl", b'{"name": "a", "fid": "x"}\n', "must be a result of this kind of sweep"),
+        ("results.jsonl", b"[1]\n", "must be a JSON object"),
+    ],
+)
+def test_a_damaged_ledger_is_refused_in_a_sentence(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    Ledger(tmp_path, {"seed": 0}, Found).add(Found("a", 1.0))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        Ledger(tmp_path, {"seed": 0}, Found)
+
+
+def test_a_submitted_job_says_where_and_on_which_machine_its_results_lie(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert title(tmp_path / "s", True) == f"{tmp_path / 's'} is complete"
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.chdir(tmp_path)
+    assert sweep_directory("decay") == Path.home() / "sweeps" / "decay"
+    assert title(sweep_directory("decay"), True) == f"{Path.home()}/sweeps/decay on {socket.gethostname()} is complete"
 
 
 def test_a_training_is_closed_once_and_only_where_the_sweep_is_recorded(tmp_path: Path, track: TrackConfig) -> None:

@@ -1,5 +1,6 @@
 """Search spaces: what files say, which points follow, and what is refused before anything starts."""
 
+import json
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from eqm_dist.config import Config
 from eqm_dist.errors import ConfigError
 from eqm_dist.options import options
+from eqm_dist.sweeps.search import Search
 from eqm_dist.sweeps.spaces import Interval, parse_space, read_space, trial_name
 from eqm_dist.sweeps.stepsize.tpe import TpeSearch
 
@@ -105,7 +107,7 @@ def quality(point: dict[str, float]) -> float:
 
 def test_tpe_finds_what_random_search_misses_and_learns_from_a_ledger() -> None:
     space = parse_space([{**part, ETA: {"log": [1e-5, 10]}} for part in TWO_METHODS], KEYS, "test")
-    search = TpeSearch(space, objectives=1, seed=0)
+    search = TpeSearch(space, objectives=["FID"], seed=0)
     found = []
     for _ in range(60):
         point = search.ask()
@@ -114,7 +116,7 @@ def test_tpe_finds_what_random_search_misses_and_learns_from_a_ledger() -> None:
     random = min(quality(point) for point in space.random(60, seed=0))
     assert min(found)[0] < random
 
-    again = TpeSearch(space, objectives=1, seed=0)  # after a kill: everything it is told it has not asked for
+    again = TpeSearch(space, objectives=["FID"], seed=0)  # after a kill: everything it is told it has not asked for
     for value, point in found:
         again.tell(point, [value])
     first, later = sum(value for value, _ in found[:8]), 0.0
@@ -127,7 +129,7 @@ def test_tpe_finds_what_random_search_misses_and_learns_from_a_ledger() -> None:
 
 def test_tpe_keeps_to_whole_numbers_and_to_the_choices() -> None:
     space = parse_space({NFE: {"log": [2, 40]}, NAME: ["gd", "nag"], ETA: [0.1, 0.2]}, KEYS, "test")
-    search = TpeSearch(space, objectives=2, seed=0)
+    search = TpeSearch(space, objectives=["FID", "NFE"], seed=0)
     for number in range(15):
         point = search.ask()
         assert isinstance(point[NFE], int)
@@ -139,3 +141,50 @@ def test_tpe_keeps_to_whole_numbers_and_to_the_choices() -> None:
 
 def test_the_text_of_an_interval_is_how_one_writes_it() -> None:
     assert str(Interval(0.1, 1, 3, log=False, whole=False)) == "{linear: [0.1, 1]}"
+
+
+def test_a_python_file_may_hold_what_numpy_makes(tmp_path: Path) -> None:
+    file = tmp_path / "space.py"
+    file.write_text(
+        "import numpy as np\n"
+        f"space = ({{'{NAME}': 'gd', '{ETA}': np.geomspace(0.01, 0.04, 3), '{NFE}': list(np.arange(2, 4))}},\n"
+        f"         {{'{NAME}': 'nag', '{ETA}': {{'log': np.array([0.01, 0.1]), 'points': np.int64(2)}},"
+        f" '{MU}': np.float64(0.5), '{NFE}': range(5, 6)}})\n"
+    )
+    grid = read_space(str(file), KEYS).grid()
+    assert [(point[ETA], point[NFE]) for point in grid[:6]] == [
+        (pytest.approx(eta), nfe) for eta in (0.01, 0.02, 0.04) for nfe in (2, 3)
+    ]
+    assert [point[ETA] for point in grid[6:]] == [0.01, 0.1]
+    for point in grid:
+        assert {type(value) for value in point.values()} <= {int, float, str}
+        assert json.loads(json.dumps(point)) == point
+        trial_name(point)
+
+
+@pytest.mark.parametrize("value", ["{1, 2}", "[object()]", "[b'x']", "1j", "np.array(['2020-01-01'], 'M8')"])
+def test_what_no_record_can_hold_is_refused_in_a_sentence(tmp_path: Path, value: str) -> None:
+    (tmp_path / "space.py").write_text(f"import numpy as np\nspace = {{'{ETA}': {value}}}\n")
+    with pytest.raises(ConfigError, match=r"sampler.step_size must be numbers, texts, true, false or null, got"):
+        read_space(str(tmp_path / "space.py"), KEYS)
+
+
+def search(values: object, how: str = "grid", trials: int = 4) -> Search:
+    return Search(parse_space(values, KEYS, "test"), how, trials, 0, Path("out"))
+
+
+def test_a_grid_may_grow_and_a_random_search_may_draw_more() -> None:
+    before = search(TWO_METHODS)
+    kept = json.loads(json.dumps(before.settings))["space"]
+    grown = [*TWO_METHODS, {NAME: "gd", ETA: [0.2]}]
+    assert search(grown).may_change("space", kept)
+    assert search([{NAME: "gd", ETA: [0.001, 0.01, 0.1]}, TWO_METHODS[1]]).may_change("space", kept)  # said otherwise
+    for other in (TWO_METHODS[:1], [{NAME: "gd", ETA: [0.001]}, TWO_METHODS[1]]):
+        assert not search(other).may_change("space", kept)
+    for junk in (None, 3, [3], [{ETA: 3}], [{ETA: {"lo": 1}}], {"a": 1}, [{ETA: {"values": 3}}],
+                 [{ETA: {"low": "a", "high": 2, "points": "x", "log": True, "whole": 1}}]):  # fmt: skip
+        assert not search(grown).may_change("space", junk)
+    assert not search(grown, "random").may_change("space", kept)  # its draws would be others
+    assert search(grown, "random").may_change("trials", 3)
+    assert not search(grown, "pbt").may_change("trials", 3)
+    assert not search(grown, "pbt").may_change("space", kept)

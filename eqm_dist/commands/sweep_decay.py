@@ -30,37 +30,25 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__)
     parser.usage = "%(prog)s [--space FILE] [--search NAME] [--preset NAME] [--config FILE] [--SECTION.KEY VALUE ...]"
     parser.epilog = "Precedence: defaults < --preset < --config < flags < the space."
-    parser.add_argument(
-        "--space",
-        default=str(SPACE),
-        metavar="FILE",
-        help="file of the search space, YAML or Python (default: eqm_dist/sweeps/decay/space.yaml)",
-    )
-    parser.add_argument(
-        "--search",
-        choices=["grid", "random", "pbt"],
-        default="grid",
-        help="how points of the space are chosen (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--trials",
-        type=cli.count,
-        metavar="N",
-        help=f"number of points of a random search, or of members of pbt (default: {TRIALS})",
+    cli.add_search_flags(
+        parser,
+        "decay",
+        ["grid", "random", "pbt"],
+        f"points of a random search, or of members of pbt (default: {TRIALS})",
+        "sweeps/decay",
     )
     parser.add_argument(
         "--seeds", type=cli.count, metavar="N", help=f"number of runs of each point (default: {SEEDS}; pbt has 1)"
     )
     parser.add_argument(
         "--reduction", type=cli.count, metavar="N",
-        help="at each rung the best 1/N of the trials by FID go on, and the others stop (default: all go on);"
+        help="at each rung the best 1/N of the points go on, by the FID of their first seed (default: all go on);"
         f" pbt: the worst 1/N of the members are replaced (default: {REPLACED})",
     )  # fmt: skip
     parser.add_argument(
         "--grace", type=cli.count, metavar="STEPS",
-        help="number of steps before a trial may stop, or of a generation of pbt (default: evaluation.every)",
+        help="number of steps before a point may be stopped, or of a generation of pbt (default: evaluation.every)",
     )  # fmt: skip
-    parser.add_argument("--hours", type=cli.hours, metavar="H", help="the sweep ends after H hours (default: no limit)")
     parser.add_argument(
         "--cpus-per-trial",
         type=cli.count,
@@ -74,8 +62,6 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="GPUs that a trial reserves, also a fraction of one (default: 1 where there are GPUs)",
     )
-    parser.add_argument("--out", metavar="DIR", help="directory for the results (default: sweeps/decay)")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, and train nothing")
     return parser
 
 
@@ -93,6 +79,11 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError("--reduction must be at least 2, got 1, which stops nothing; leave it out.")
     if options.grace is not None and options.search != "pbt" and options.reduction is None:
         raise ConfigError("--grace has no effect without --reduction; give both or none.")
+    if (options.gpus_per_trial or 0) > 1 and options.gpus_per_trial % 1:
+        raise ConfigError(
+            f"--gpus-per-trial must be a part of one GPU or a whole number of them, got {options.gpus_per_trial:g};"
+            " round it."
+        )
     config = cli.config_from(options)
 
     import torch
@@ -120,7 +111,7 @@ def main(arguments: Sequence[str]) -> None:
         config = with_overrides(config, {"launch.workers": workers, "launch.cpus_per_worker": cpus})
     population = options.search == "pbt"
     search = Search(
-        space=read_space(options.space, AXES),
+        space=read_space(options.space or str(SPACE), AXES),
         how=options.search,
         trials=options.trials or TRIALS,
         seed=config.run.seed,

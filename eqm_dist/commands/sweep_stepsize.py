@@ -4,8 +4,9 @@ python tuning/sweep_stepsize.py              the newest run in runs/, the defaul
 python tuning/sweep_stepsize.py --dry-run    the plan and what it will cost
 python tuning/sweep_stepsize.py --model runs/mine --space mine.yaml --search optuna --trials 100 --hours 1
 
-Every trial is measured by its FID with few samples, the best of them with more, on all actors of a cluster. Killed and
-started again, the command goes on. What it writes, and how to read it: docs/tuning.md.
+Every trial is measured by its FID with few samples, the best of them with more, and the last few with other seeds, on
+all actors of a cluster. Killed and started again, the command goes on. What it writes, and how to read it:
+docs/tuning.md.
 """
 
 import argparse
@@ -19,34 +20,25 @@ from eqm_dist.logs import setup_logging
 
 SPACE = Path(__file__).parents[1] / "sweeps" / "stepsize" / "space.yaml"
 MOST_SAMPLES = 50_000
+RUNGS = [500, 2000]
 TRIALS = 50
+FINALISTS = 4
+SEEDS = 5
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags of this command."""
     parser = cli.command_parser(__doc__)
-    parser.add_argument(
-        "--space",
-        default=str(SPACE),
-        metavar="FILE",
-        help="file of the search space, YAML or Python (default: eqm_dist/sweeps/stepsize/space.yaml)",
+    cli.add_search_flags(
+        parser,
+        "stepsize",
+        ["grid", "random", "optuna"],
+        f"points of a random or Optuna search (default: {TRIALS})",
+        "sweeps/stepsize-NAME-stepN",
     )
     parser.add_argument(
-        "--search",
-        choices=["grid", "random", "optuna"],
-        default="grid",
-        help="how points of the space are chosen (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--trials",
-        type=cli.count,
-        metavar="N",
-        help=f"number of points of a random or Optuna search (default: {TRIALS})",
-    )
-    parser.add_argument("--hours", type=cli.hours, metavar="H", help="no task begins after H hours (default: no limit)")
-    parser.add_argument(
-        "--rungs", type=_counts, default=[500, 2000], metavar="N,N",
-        help="numbers of samples of the first rungs (default: 500,2000)",
+        "--rungs", type=_counts, metavar="N,N",
+        help="numbers of samples of the first rungs (default: 500,2000, as far as they are below --samples)",
     )  # fmt: skip
     parser.add_argument(
         "--samples", type=cli.count, metavar="N",
@@ -56,8 +48,19 @@ def make_parser() -> argparse.ArgumentParser:
         "--reduction", type=cli.count, default=8, metavar="N",
         help="the best 1/N of the trials, and the Pareto front, go on to the next rung (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--out", metavar="DIR", help="directory for the results (default: sweeps/stepsize-NAME-stepN)")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, and measure nothing")
+    parser.add_argument(
+        "--finalists", type=cli.count, default=FINALISTS, metavar="N",
+        help="the best N trials of the last rung are compared with other seeds; 1 compares none (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seeds", type=cli.count, metavar="N",
+        help=f"number of seeds that compare the finalists, those that follow --seed (default: {SEEDS})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--storage", metavar="URL",
+        help="where Optuna's study is kept for its dashboard: sqlite:///FILE or another database, or a file for its"
+        " journal (default: nowhere)",
+    )  # fmt: skip
     cli.add_model_flags(parser, "evaluation.extractor", "track.")
     parser.add_argument(
         "--reference", metavar="PATH", help="what images are compared with (default: the model's training data)"
@@ -87,6 +90,12 @@ def main(arguments: Sequence[str]) -> None:
     cli.check_actors(options)
     if options.search == "grid" and options.trials is not None:
         raise ConfigError("--trials has no effect on --search grid, which tries all points; use random or optuna.")
+    if options.search != "optuna" and options.storage is not None:
+        raise ConfigError(f"--storage has no effect on --search {options.search}; leave it out, or use optuna.")
+    if options.seeds is not None and options.finalists == 1:
+        raise ConfigError("--seeds has no effect with --finalists 1, which compares nothing; leave one of them out.")
+    if options.seeds == 1:
+        raise ConfigError("--seeds must be at least 2, got 1, which has no spread; leave it out.")
 
     from eqm_dist.launch.evaluation import Judge
     from eqm_dist.pretrained import load
@@ -97,7 +106,7 @@ def main(arguments: Sequence[str]) -> None:
     from eqm_dist.sweeps.stepsize.plan import AXES, Plan, check
     from eqm_dist.sweeps.stepsize.sweep import sweep
 
-    space, track = read_space(options.space, AXES), cli.track_from(options)
+    space, track = read_space(options.space or str(SPACE), AXES), cli.track_from(options)
     model = load(options.model, **cli.model_arguments(options))
     extractor, weights = model.extractor("--evaluation.extractor")
     judge = Judge(
@@ -119,19 +128,28 @@ def main(arguments: Sequence[str]) -> None:
     )
 
     def plan(samples: int) -> Plan:
+        above = [rung for rung in options.rungs or [] if rung > samples]
+        if above:
+            raise ConfigError(
+                f"--rungs must not be above the {samples:,} samples of the last rung, got {above[0]:,}; lower it, or"
+                " give more --samples."
+            )
         return Plan(
             model=model,
             search=search,
             track=track,
-            rungs=(*sorted({rung for rung in options.rungs if rung < samples}), samples),
+            rungs=(*sorted({rung for rung in options.rungs or RUNGS if rung < samples}), samples),
             reduction=options.reduction,
+            finalists=options.finalists,
+            seeds=options.seeds or SEEDS,
+            storage=options.storage,
             labels=options.labels,
             batch=options.batch,
             launcher=options.launcher,
             actors=options.actors,
         )
 
-    judge.check_samples(min(options.rungs), "--rungs")
+    judge.check_samples(min(options.rungs or RUNGS), "--rungs")
     judge.check_samples(options.samples or MOST_SAMPLES)
     check(plan(options.samples or MOST_SAMPLES))
     reference = judge.reference(options.reference or model.training_data("--reference"))

@@ -32,12 +32,14 @@ class Descent:
         trials: the samplers' names.
         sampler: keys of ``sampler``, without ``nfe``.
         nfe: of each of the samplers, rising.
+        seed: image i depends on (weights, sampler, seed, i) alone: all samplers start from the same noise.
         start, stop: the images [start, stop).
     """
 
     trials: tuple[str, ...]
     sampler: dict[str, Any]
     nfe: tuple[int, ...]
+    seed: int
     start: int
     stop: int
 
@@ -73,14 +75,13 @@ class MeasureDescent:
 
     Attributes:
         model: what draws the images.
-        labels, seed: image i depends on (weights, sampler, seed, i) alone: all samplers start from the same noise.
+        labels: as ``evaluate.labels`` takes them.
         extractor, weights: as ``load_extractor`` takes them.
         batch: images drawn at once.
     """
 
     model: Pretrained
     labels: str
-    seed: int
     extractor: str
     weights: str | None
     batch: int
@@ -109,9 +110,9 @@ class MeasureDescent:
         self, model: Pretrained, indices: torch.Tensor, task: Descent, device: torch.device
     ) -> Iterable[Generated]:
         classes, sampler = model.config.data.num_classes, model.config.sampler
-        labels = labels_of(self.labels, indices, classes, self.seed)
+        labels = labels_of(self.labels, indices, classes, task.seed)
         if len(task.nfe) == 1:
-            return [model.generate(indices, labels, self.seed, self.batch, device, many=True)]
+            return [model.generate(indices, labels, task.seed, self.batch, device, many=True)]
         return generate_along(
             model.field(device, many=True),
             indices=indices.to(device),
@@ -119,7 +120,7 @@ class MeasureDescent:
             latent_shape=model.config.data.latent_shape,
             sampler=build_sampler(sampler),
             nfe=task.nfe,
-            seed=self.seed,
+            seed=task.seed,
             decode=model.autoencoder.decode,
         )
 

@@ -17,6 +17,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from eqm_dist.errors import EqmDistError, LaunchError
 from eqm_dist.launch.ray_cluster import cluster
+from eqm_dist.launch.ray_quiet import quiet
 
 IN_FLIGHT = 2
 """Tasks that an actor has been given at once: one in work, one waiting. Bounds what slow work can pile up."""
@@ -57,7 +58,7 @@ def ray_actors(
         EqmDistError: what an actor raised, as it raised it.
         LaunchError: actors died again and again on one task.
     """
-    with cluster():
+    with quiet(), cluster():
         recipe = ray.put(work)  # once, whatever the number of actors: it may hold weights, or name millions of files
         yield partial(_run, _actors(most_actors), recipe)
 
@@ -106,12 +107,25 @@ def _actors(most: int | None) -> list[Any]:
 
 def _divide(nodes: Sequence[dict[str, float]]) -> tuple[int, _Share]:
     """One actor for each GPU, with its share of the cores of the node that has fewest for each; without GPUs one
-    actor for each core."""
+    actor for each core.
+
+    Raises:
+        LaunchError: there is room for none.
+    """
     with_gpus = [node for node in nodes if node.get("GPU", 0) >= 1]
     if with_gpus:
-        cpus = min(int(node.get("CPU", 0) // node["GPU"]) for node in with_gpus)
-        return sum(int(node["GPU"]) for node in with_gpus), _Share(max(1, cpus), 1)
-    return max(1, sum(int(node.get("CPU", 0)) for node in nodes)), _Share(1, 0)
+        cpus = max(1, min(int(node.get("CPU", 0) // node["GPU"]) for node in with_gpus))
+        # An actor that has no CPU would wait for one without end.
+        count = sum(min(int(node["GPU"]), int(node.get("CPU", 0)) // cpus) for node in with_gpus)
+        share = _Share(cpus, 1)
+    else:
+        count, share = sum(int(node.get("CPU", 0)) for node in nodes), _Share(1, 0)
+    if not count:
+        raise LaunchError(
+            "The cluster must have a CPU for an actor, and has none beside its GPUs or at all; start its nodes with"
+            " --num-cpus, or use --launcher local."
+        )
+    return count, share
 
 
 def _result(reference: Any, task: Any) -> Any:

@@ -10,7 +10,7 @@ import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,6 +241,29 @@ def offer(
             f" cluster{besides}; lower launch.workers or launch.cpus_per_worker, or add nodes."
         )
     return Offer(workers, cpus_per_worker, use_gpu, evaluation_cpus)
+
+
+def check_share(needs: Mapping[str, float]) -> None:
+    """Refuse what no machine of the cluster has, for Ray would wait for it without a word and without end.
+
+    Args:
+        needs: by the flag that asks for it, what one process takes: ``--cpus-per-trial``, ``--gpus-per-trial``.
+
+    Raises:
+        LaunchError: no machine has so much, or none has all of it.
+    """
+    names = {"--cpus-per-trial": "CPU", "--gpus-per-trial": "GPU"}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for flag, need in needs.items():
+        most = max((node.get(names[flag], 0.0) for node in nodes), default=0.0)
+        if need > most:
+            raise LaunchError(
+                f"{flag} must be at most {most:g}, which is what the largest machine of the cluster has, got {need:g};"
+                " lower it, or add a machine."
+            )
+    if not any(all(node.get(names[flag], 0.0) >= need for flag, need in needs.items()) for node in nodes):
+        asked = " and ".join(f"{flag} {need:g}" for flag, need in needs.items())
+        raise LaunchError(f"{asked} must fit one machine of the cluster together; lower one, or add a machine.")
 
 
 def _smallest_share() -> int:

@@ -6,8 +6,10 @@ Train run, whose workers reserve their resources together, all or none; it takes
 each other but never hold what another one needs. Figures reach Tune from ``metrics.jsonl``, whoever trains.
 """
 
+import logging
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,21 +20,25 @@ from typing import Any
 import ray
 import torch
 from ray import tune
+from ray.exceptions import RayActorError
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from eqm_dist.config import Config
-from eqm_dist.errors import EqmDistError
+from eqm_dist.errors import EqmDistError, LaunchError
 from eqm_dist.launch import local, ray_train
 from eqm_dist.launch.fork import fork_run
-from eqm_dist.launch.ray_cluster import cluster
-from eqm_dist.logs import log_file
+from eqm_dist.launch.ray_cluster import check_share, cluster, offer
+from eqm_dist.launch.ray_quiet import quiet
+from eqm_dist.logs import log_file, setup_logging
 from eqm_dist.open_run import hold_run, open_run
 from eqm_dist.options import dump, parse
 from eqm_dist.run_directory import METRICS_FILE
 from eqm_dist.track.jsonl import read_metrics
 from eqm_dist.track.mlflow import nest
 from eqm_dist.train.evaluations import SCORE
+
+logger = logging.getLogger(__name__)
 
 POLL_S = 0.3
 TRIES = 3
@@ -110,7 +116,7 @@ def run_trials(
         on_end: called when a trial is over.
 
     Raises:
-        LaunchError: there is no cluster.
+        LaunchError: there is no cluster, or it has no room for a trial.
     """
     shutil.rmtree(workspace, ignore_errors=True)  # what a killed attempt left: the run directories have it all
     steps = max(trial.config.train.steps for trial in trials)
@@ -129,7 +135,8 @@ def run_trials(
     resources: dict[str, float] = {"CPU": 0, "memory": 1} if nested else {"CPU": cpus, "GPU": gpus}
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one prints tables, at any verbosity
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune's own would end the sweep as if its work were done
-    with cluster():
+    with quiet(), cluster():
+        _check_room(trials[0].config, cpus, gpus)
         Tuner(
             tune.with_resources(_train, resources),
             param_space={"trial": tune.grid_search(packed)},
@@ -160,6 +167,26 @@ def _name(trial: Any) -> str:
     return trial.config["trial"]["config"]["run"]["name"]
 
 
+def _check_room(config: Config, cpus: int, gpus: float) -> None:
+    """Refuse trials that no machine has room for.
+
+    Raises:
+        LaunchError: Tune would wait for ever.
+    """
+    if config.launch.launcher != "ray":
+        check_share({"--cpus-per-trial": cpus, "--gpus-per-trial": gpus})
+        return
+    have = ray.cluster_resources().get("GPU", 0.0)
+    if gpus > have:
+        raise LaunchError(
+            f"--gpus-per-trial must be at most the {have:g} GPUs of the cluster, got {gpus:g}; lower it, or add nodes."
+        )
+    workers, each = config.launch.workers, config.launch.cpus_per_worker
+    assert isinstance(workers, int)  # the command sees to it
+    assert isinstance(each, int)
+    offer(workers, each)
+
+
 def _room(config: Config) -> int:
     """How many Ray Train runs fit the cluster at once: more would only wait."""
     have, launch = ray.cluster_resources(), config.launch
@@ -178,6 +205,9 @@ def _train(param: dict[str, Any]) -> None:
     def work() -> None:
         try:
             torch.set_num_threads(packed["threads"])
+            # Before all that can fail: whoever is told of a dead trial is told of this file.
+            setup_logging(log_file(Trial(config).directory, 0), console=False)
+            logger.info("the trial begins in process %d on %s", os.getpid(), socket.gethostname())
             if packed["origin"]:
                 source, step = packed["origin"]
                 fork_run(Path(source), step, Trial(config).directory)
@@ -187,6 +217,8 @@ def _train(param: dict[str, Any]) -> None:
                     nest(opened.mlflow, packed["parent"])
                 (ray_train if config.launch.launcher == "ray" else local).train(opened)
         except BaseException as error:
+            if not isinstance(error, EqmDistError):  # an own one says all in its sentence
+                logger.exception("the trial failed")
             failure.append(error)
 
     thread = threading.Thread(target=work, name="training", daemon=True)
@@ -257,6 +289,12 @@ class _Watch(Callback):
         # Otherwise the time was up.
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        lines = str(trial.get_error() or "its process died").strip().splitlines()
-        log = log_file(self._trials[_name(trial)].directory, 0)
-        self._on_end(Ending(self._trials[_name(trial)], "lost", f"{lines[-1]} (log: {log})"))
+        self._on_end(Ending(self._trials[_name(trial)], "lost", _why(trial.get_error())))
+
+
+def _why(error: Exception | None) -> str:
+    """What an attempt after the other ended with, in a line."""
+    last = (str(error or "").strip().splitlines() or [""])[-1]
+    if not last or isinstance(error, RayActorError) or "worker process has died" in last:
+        return f"its process died {TRIES} times, as one does that has not enough memory or loses its machine"
+    return last[:300]

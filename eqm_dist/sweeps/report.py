@@ -6,12 +6,14 @@ OUT/best.yaml         the config keys of the best trial
 
 import csv
 import io
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from eqm_dist.runs import in_ray_job
 from eqm_dist.storage.files import atomic_write
 from eqm_dist.sweeps.spaces import Overrides
 from eqm_dist.text import aligned
@@ -24,7 +26,12 @@ Row = tuple[Sequence[Any], Overrides]
 
 def title(out: Path, complete: bool) -> str:
     """The first line of the report."""
-    return f"{out} is complete" if complete else f"{out}: the time is up; the same command goes on"
+    return f"{place(out)} is complete" if complete else f"{place(out)}: the time is up; the same command goes on"
+
+
+def place(out: Path) -> str:
+    """A directory, and of a submitted job the machine too: whoever submitted it sits at another one."""
+    return f"{out} on {socket.gethostname()}" if in_ray_job() else str(out)
 
 
 def short(key: str) -> str:
@@ -51,7 +58,7 @@ def ranking(columns: Sequence[str], rows: Sequence[Row], keys: Sequence[str], mo
     return [*lines, f"... and {len(rows) - most} more in {CSV_FILE}"] if len(rows) > most else lines
 
 
-def write_csv(out: Path, columns: Sequence[str], rows: Sequence[Row]) -> Path:
+def write_csv(out: Path, columns: Sequence[str], rows: Sequence[Row], name: str = CSV_FILE) -> Path:
     """A row for each trial, the best first: figures, then the values of all keys of its point.
 
     Raises:
@@ -62,15 +69,16 @@ def write_csv(out: Path, columns: Sequence[str], rows: Sequence[Row]) -> Path:
     lines = csv.writer(text)
     lines.writerow([*columns, *keys])
     lines.writerows([*figures, *(point.get(key) for key in keys)] for figures, point in rows)
-    atomic_write(out / CSV_FILE, text.getvalue().encode())
-    return out / CSV_FILE
+    atomic_write(out / name, text.getvalue().encode())
+    return out / name
 
 
-def write_best(out: Path, origin: str, config: Mapping[str, Any]) -> Path:
-    """The config of the best trial, below a line that says where it comes from.
+def write_best(out: Path, origin: Sequence[str], config: Mapping[str, Any]) -> Path:
+    """The config of the best trial, below lines that say where it comes from.
 
     Raises:
         StorageError: it cannot be written.
     """
-    atomic_write(out / BEST_FILE, f"# {origin}\n{yaml.safe_dump(dict(config), sort_keys=False)}".encode())
+    comment = "".join(f"# {line}\n" for line in origin)
+    atomic_write(out / BEST_FILE, f"{comment}{yaml.safe_dump(dict(config), sort_keys=False)}".encode())
     return out / BEST_FILE

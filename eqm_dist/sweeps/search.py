@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eqm_dist.sweeps.spaces import Overrides, Space
+from eqm_dist.errors import ConfigError
+from eqm_dist.sweeps.spaces import Overrides, Space, recorded, restored, trial_name
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,25 @@ class Search:
     def settings(self) -> dict[str, Any]:
         """What decides the results of a sweep, as far as all sweeps have it."""
         return {
-            "space": [{key: vars(axis) for key, axis in part.items()} for part in self.space.alternatives],
+            "space": recorded(self.space),
             "search": self.how,
             "trials": self.trials,
         }
 
-    @property
-    def may_change(self) -> list[str]:
-        """Settings that may be others when it goes on. More points keep the old ones; a larger population does not."""
-        return [] if self.how == "pbt" else ["trials"]
+    def may_change(self, key: str, before: Any) -> bool:
+        """Whether a setting may be another than before when the sweep goes on.
+
+        More points keep the old ones: of a search that draws them more trials, of a grid a space that holds the old
+        one. A larger population does not: all that follows depends on its size.
+        """
+        if key == "space":
+            return self.how == "grid" and self._holds(before)
+        return key == "trials" and self.how != "pbt"
+
+    def _holds(self, before: Any) -> bool:
+        """Whether all points of a grid that was recorded are among these."""
+        names = {trial_name(point) for point in self.points()}
+        try:
+            return all(trial_name(point) in names for point in restored(before).grid())
+        except (TypeError, ValueError, KeyError, AttributeError, ConfigError):  # what is recorded is no grid
+            return False

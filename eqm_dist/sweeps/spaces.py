@@ -149,6 +149,24 @@ def trial_name(overrides: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()[:10]
 
 
+def recorded(space: Space) -> list[dict[str, Any]]:
+    """A space as JSON."""
+    return [{key: vars(axis) for key, axis in part.items()} for part in space.alternatives]
+
+
+def restored(record: Any) -> Space:
+    """The space that ``recorded`` made this of.
+
+    Raises:
+        AttributeError, KeyError, TypeError: it made it of something else.
+    """
+
+    def axis(values: Mapping[str, Any]) -> Axis:
+        return Choices(tuple(values["values"])) if "values" in values else Interval(**values)
+
+    return Space(tuple({key: axis(values) for key, values in part.items()} for part in record))
+
+
 def read_space(path: str, known: Collection[str]) -> Space:
     """The space in a YAML or Python file.
 
@@ -185,7 +203,7 @@ def parse_space(values: Any, known: Collection[str], source: str) -> Space:
     Raises:
         ConfigError: an unknown key, or an axis that is none of the three kinds.
     """
-    alternatives = values if isinstance(values, list) else [values]
+    alternatives = list(values) if isinstance(values, list | tuple) else [values]
     if not alternatives or not all(isinstance(part, Mapping) and part for part in alternatives):
         raise ConfigError(
             f"A search space must be a mapping from keys to axes, or a list of such mappings, and {source} holds"
@@ -205,9 +223,12 @@ def _alternative(values: Mapping[Any, Any], known: Collection[str], source: str)
 
 
 def _axis(key: str, value: Any, source: str) -> Axis:
+    value = _plain(value)
     if isinstance(value, list) and value:
+        _check_values(key, cast("list[Any]", value), source)
         return Choices(tuple(cast("list[Any]", value)))
     if not isinstance(value, Mapping | list):
+        _check_values(key, [value], source)
         return Choices((value,))
     kind = "log" if "log" in value else "linear"
     match value:
@@ -223,6 +244,32 @@ def _axis(key: str, value: Any, source: str) -> Axis:
         f"{key} must be a value, a list of choices, or an interval like {{log: [0.001, 0.1], points: 5}} (or linear;"
         f" two rising ends, positive with log; points at least 2), got {value} ({source})."
     )
+
+
+def _plain(value: Any) -> Any:
+    """What a Python file may say in other words: numpy's values, tuples and ranges as numbers and lists."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [_plain(part) for part in value]
+    return value
+
+
+def _check_values(key: str, values: Sequence[Any], source: str) -> None:
+    """Refuse what no record can hold.
+
+    Raises:
+        ConfigError: it is no number, text, true, false, null, or a list or mapping of these.
+    """
+    for value in values:
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"{key} must be numbers, texts, true, false or null, got {type(value).__name__} ({source}); convert it."
+            ) from None
 
 
 def _number(value: Any) -> float:

@@ -226,21 +226,38 @@ class SweepRecord:
             client.set_terminated(run_id, "FINISHED" if failure is None else "FAILED")
             self._children[trial] = run_id, step
 
-    def close_trial(self, run: MlflowRun, status: str) -> None:
-        """Give the run of a training its final status, unless it has it, or is recorded at another place."""
+    def close_trial(self, run: MlflowRun, status: str, tags: Mapping[str, str] | None = None) -> None:
+        """Give the run of a training its final status, unless it has it, or is recorded at another place; and tags."""
         if run.tracking_uri != self.parent.tracking_uri:
             return
         with self._without_raising() as client:
+            for key, value in (tags or {}).items():
+                client.set_tag(run.run_id, key, value)
             if client.get_run(run.run_id).info.status != status:
                 client.set_terminated(run.run_id, status)
 
-    def finish(self, files: Iterable[Path], metrics: Mapping[str, float], status: str) -> None:
-        """Leave the parent with its files, the figures of the best trial and a final status."""
+    def log_seed(self, trial: str, seed: int, fid: float) -> None:
+        """The FID of a trial with another seed, as the metric ``eval/fid_by_seed`` over seeds; once for each."""
+        key = "eval/fid_by_seed"
+        if trial not in self._children:  # it was missed; the results have it
+            return
+        run_id, _ = self._children[trial]
+        with self._without_raising() as client:
+            if seed not in {point.step for point in client.get_metric_history(run_id, key)}:
+                client.log_metric(run_id, key, fid, step=seed)
+
+    def finish(self, files: Iterable[Path], metrics: Mapping[str, float], status: str, report: str = "") -> None:
+        """Leave the parent with its files, the figures of the best trial, a final status and the report.
+
+        The report is the run's description in the UI.
+        """
         with self._without_raising() as client:
             for file in files:
                 client.log_artifact(self.parent.run_id, str(file))
             for key, value in metrics.items():
                 client.log_metric(self.parent.run_id, key, value)
+            if report:
+                client.set_tag(self.parent.run_id, "mlflow.note.content", f"```\n{report.strip()}\n```")
             client.set_terminated(self.parent.run_id, status)
 
     @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 from eqm_dist.build import check_evaluated_samples
 from eqm_dist.config import Config
+from eqm_dist.derived import derive
 from eqm_dist.errors import ConfigError
 from eqm_dist.options import Axis, keys_with, with_overrides
 from eqm_dist.sweeps.search import Search
@@ -25,9 +26,9 @@ class Plan:
         config: of all trials, but for what the space changes.
         search: ``grid``, ``random`` or ``pbt``; its seed is that of the first run of a point.
         seeds: runs of each point, with seeds that count up; 1 for pbt.
-        reduction: asynchronous successive halving keeps one of so many trials; 0 trains all to the end. For pbt one of
-            so many members is replaced after each generation.
-        grace: steps before a trial may be stopped; for pbt the steps of a generation.
+        reduction: asynchronous successive halving of the first run of each point keeps one of so many; 0 trains all to
+            the end. For pbt one of so many members is replaced after each generation.
+        grace: steps before a run may be stopped; for pbt the steps of a generation.
         cpus, gpus: of a trial.
     """
 
@@ -53,6 +54,17 @@ class Plan:
         place = {"run.root": str(self.runs), "run.name": name, "run.seed": seed}
         return with_overrides(self.config, {**point, **place, **others}, "the space")
 
+    def cost(self, point: Mapping[str, Any]) -> tuple[float, ...]:
+        """What a point costs: floating-point operations of its training, then multiply-accumulates to draw an image."""
+        config = self.config_of(point, "cost", 0)
+        derived = derive(config)
+        return derived.images * derived.training_flops, float(config.sampler.nfe * derived.forward_macs)
+
+    @property
+    def seed_numbers(self) -> range:
+        """The seeds of each point."""
+        return range(self.search.seed, self.search.seed + self.seeds)
+
 
 def check(plan: Plan) -> None:
     """Build every trial's config, and whatever else can fail before anything is computed.
@@ -74,6 +86,11 @@ def check(plan: Plan) -> None:
         raise ConfigError(
             f"--grace {plan.grace} must be a multiple of evaluation.every={config.evaluation.every}, for trials are"
             " stopped by their FID; change one of them."
+        )
+    elif plan.reduction and plan.grace >= config.train.steps:
+        raise ConfigError(
+            f"--grace {plan.grace} must be less than train.steps={config.train.steps}, or nothing is ever stopped;"
+            " lower it, or leave out --reduction."
         )
     for point in [*search.points(), *(search.space.extremes() if search.how == "pbt" else ())]:
         plan.config_of(point, "check", 0)

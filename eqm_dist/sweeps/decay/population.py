@@ -11,7 +11,9 @@ import numpy as np
 
 from eqm_dist.errors import LaunchError
 from eqm_dist.launch.ray_cluster import cluster
+from eqm_dist.launch.ray_quiet import quiet
 from eqm_dist.launch.ray_tune import Trial
+from eqm_dist.logs import log_file
 from eqm_dist.sweeps.decay.plan import Plan
 from eqm_dist.sweeps.decay.results import Trained
 from eqm_dist.sweeps.decay.training import Run, Trainer
@@ -38,7 +40,7 @@ def train_population(plan: Plan, trainer: Trainer) -> bool:
         LaunchError: there is no cluster, or no member of a generation gave an FID.
     """
     members = [Member(point) for point in plan.search.points()]
-    with cluster():  # one for all generations
+    with quiet(), cluster():  # one for all generations
         for generation in range(plan.config.train.steps // plan.grace):
             runs = [_run(plan, member, generation, number) for number, member in enumerate(members)]
             if not trainer.train(runs):
@@ -64,7 +66,12 @@ def next_members(plan: Plan, trained: Sequence[Trained], generation: int) -> lis
     """
     order = sorted(range(len(trained)), key=lambda member: trained[member].score)
     if trained[order[0]].fid is None:
-        raise LaunchError(f"No member of generation {generation} gave an FID ({trained[order[0]].failure}).")
+        first = trained[order[0]]
+        raise LaunchError(
+            f"A population needs one member that gives an FID, and none of generation {generation} did,"
+            f" {first.name} for this: {first.failure}; its log is {log_file(plan.runs / first.name, 0)}; put it right,"
+            " and give another --out."
+        )
     replaced = max(1, len(order) // plan.reduction) if len(order) > 1 else 0
     worst = {*order[len(order) - replaced :], *(member for member in order if trained[member].fid is None)}
     members: list[Member] = []

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from eqm_dist.launch.ray_tune import EarlyStop, Ending, Trial, history, run_trials
+from eqm_dist.logs import log_file
 from eqm_dist.run_directory import METRICS_FILE
 from eqm_dist.sweeps.deadline import Deadline
 from eqm_dist.sweeps.decay.plan import Plan
@@ -29,6 +30,10 @@ class Run:
     @property
     def name(self) -> str:
         return self.trial.name
+
+    @property
+    def seed(self) -> int:
+        return self.trial.config.run.seed
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Trainer:
         """Train those that are not over; whether all are then.
 
         Raises:
-            LaunchError: there is no cluster.
+            LaunchError: there is no cluster, or it has no room for a run.
         """
         known = self.known()
         missing = {run.name: run for run in runs if run.name not in known}
@@ -86,12 +91,13 @@ def _trained(run: Run, ending: Ending) -> Trained:
     return Trained(
         name=run.name,
         overrides=dict(run.point),
-        seed=run.trial.config.run.seed,
+        seed=run.seed,
         how=ending.how,
         step=step,
         fid=None if ending.reason else fid,
         seconds=last_values(run.trial.directory / METRICS_FILE).get("time/step_s", 0.0) * step,
         failure=ending.reason,
+        parent=run.trial.origin[0].name if run.trial.origin else None,
     )
 
 
@@ -121,8 +127,10 @@ class _News:
         name = ending.trial.name
         self._over[name], self._done[name] = ending.how, self._steps[name]
         if ending.reason:
-            point = shown(self._runs[name].point, self._keys)
-            logger.warning("%s (%s) %s: %s", name, point, ending.how, ending.reason)
+            run = self._runs[name]
+            point = f" ({found})" if (found := shown(run.point, self._keys)) else ""
+            log = log_file(run.trial.directory, 0)
+            logger.warning("%s%s %s: %s; its log is %s", name, point, ending.how, ending.reason, log)
 
     def _trials(self) -> Mapping[str, int]:
         running = len(self._done.keys() - self._over.keys())

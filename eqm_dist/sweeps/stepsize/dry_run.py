@@ -7,7 +7,7 @@ import torch
 from eqm_dist.derived import step_size_bound
 from eqm_dist.logs import clock
 from eqm_dist.sweeps.cost import measured_seconds
-from eqm_dist.sweeps.report import short
+from eqm_dist.sweeps.report import place, short
 from eqm_dist.sweeps.spaces import Overrides
 from eqm_dist.sweeps.stepsize.plan import Plan
 from eqm_dist.text import counted, labelled
@@ -29,6 +29,9 @@ def describe(plan: Plan) -> str:
         nfe += (samples - before) * each * min(trajectories, kept)
         lines[f"rung {number}"] = f"{'about ' * (number > 1)}{kept:,} trials with {samples:,} samples"
         kept, before = -(-kept // plan.reduction), samples
+    if seeds := plan.comparing_seeds:
+        nfe += plan.finalists * len(seeds) * plan.rungs[-1] * each
+        lines["finalists"] = f"at most {plan.finalists}, compared with {counted(len(seeds), 'more seed')}"
     bound = step_size_bound(plan.model.config)
     if bound is not None:
         lines["largest stable step"] = f"{bound:.4g} (plain descent near data)"
@@ -36,7 +39,7 @@ def describe(plan: Plan) -> str:
     seconds = nfe * _seconds_per_nfe(plan, points[0]) / workers
     lines["cost"] = f"about {nfe:,.0f} NFE, of one image each"
     lines["time"] = f"about {clock(seconds)} on {counted(workers, 'actor')} like this machine"
-    lines["results"] = str(search.out)
+    lines["results"] = place(search.out)
     return "\n".join(labelled(lines))
 
 

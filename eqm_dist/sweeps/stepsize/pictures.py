@@ -1,4 +1,4 @@
-"""Pictures of a sweep of samplers: FID against step size, and FID against NFE."""
+"""Pictures of a sweep of samplers: FID against step size and NFE, the keys as parallel coordinates, the finalists."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,10 +6,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eqm_dist.derived import step_size_bound
-from eqm_dist.sweeps.pictures import plain_numbers
+from eqm_dist.sweeps.comparison import Standing
+from eqm_dist.sweeps.pictures import parallel_coordinates, plain_numbers, points_over_seeds
 from eqm_dist.sweeps.report import short, shown
 from eqm_dist.sweeps.stepsize.plan import Plan
-from eqm_dist.sweeps.stepsize.results import Result, pareto_front, ranked
+from eqm_dist.sweeps.stepsize.results import Result, measured_with, pareto_front, ranked
 
 Point = tuple[float, Result]
 """A step size, and what it gave."""
@@ -17,14 +18,30 @@ MOST_SERIES = 10
 """Lines in a picture: the best ones."""
 
 
-def pictures(plan: Plan, results: Sequence[Result]) -> dict[str, Figure]:
+def pictures(plan: Plan, results: Sequence[Result], standings: Sequence[Standing]) -> dict[str, Figure]:
     """The pictures by their names; the results are of all rungs, one of them at least with an FID."""
-    series = _series(plan, results)
+    found = [result for result in results if result.seed is None]
+    series = _series(plan, found)
     drawn = {"fid_nfe.png": fid_against_nfe(series)}
+    if len(plan.search.keys) > 1:
+        drawn["parallel.png"] = _keys_of_first_rung(plan, found)
+    if standings:
+        drawn["finalists.png"] = points_over_seeds(standings, plan.search.keys)
     with_steps = {name: points for name, found in series.items() if (points := _with_steps(plan, found))}
     if with_steps:
         drawn["fid_step_size.png"] = fid_against_step_size(with_steps, step_size_bound(plan.model.config))
     return drawn
+
+
+def _keys_of_first_rung(plan: Plan, results: Sequence[Result]) -> Figure:
+    """All trials with the samples that all of them have."""
+    samples = min(result.samples for result in results if result.fid is not None)
+    points = [
+        ({short(key): result.overrides.get(key) for key in plan.search.keys}, result.fid)
+        for result in measured_with(results, samples).values()
+        if result.fid is not None
+    ]
+    return parallel_coordinates(points, f"{samples:,} samples, seed {plan.search.seed}")
 
 
 def _series(plan: Plan, results: Sequence[Result]) -> dict[str, list[Result]]:

@@ -29,6 +29,10 @@ class Plan:
         track: where the sweep is recorded. The user says it, and never the config of a model that others may have made.
         rungs: numbers of samples, rising; every trial is measured with the first, the best of each with the next.
         reduction: one of so many trials goes on to the next rung, and the Pareto front of FID against NFE.
+        finalists: so many of the best trials of the last rung are compared with other seeds; 1 compares none.
+        seeds: how many seeds compare them, those that follow the seed of the search. That one is none of them, for
+            whoever is chosen by a seed owes a part of its FID there to luck.
+        storage: where Optuna's study is kept to be looked at, as ``tpe.open_storage`` takes it, or None.
         labels: as ``evaluate.labels`` takes them.
         batch: images that an actor draws at once.
         launcher, actors: ``ray`` with at most so many actors, or ``local``.
@@ -39,6 +43,9 @@ class Plan:
     track: TrackConfig
     rungs: tuple[int, ...]
     reduction: int
+    finalists: int
+    seeds: int
+    storage: str | None
     labels: str
     batch: int
     launcher: str
@@ -48,6 +55,17 @@ class Plan:
     def root(self) -> Path:
         """The directory of the runs, the model among them if it is one."""
         return self.model.run.parent if self.model.run and self.model.own else runs_root()
+
+    @property
+    def study(self) -> str:
+        """What Optuna calls the sweep: sweeps that share a storage have directories of their own."""
+        return str(self.search.out.absolute())
+
+    @property
+    def comparing_seeds(self) -> range:
+        """The seeds that compare the finalists."""
+        first = self.search.seed + 1
+        return range(first, first + self.seeds if self.finalists > 1 else first)
 
     def sampler(self, point: Overrides) -> dict[str, Any]:
         """A point as keys of ``sampler`` that turn the model's own sampler into that of the trial."""

@@ -1,11 +1,13 @@
 """What samplers gave: their ranking, the Pareto front, who is measured with more samples, and the table."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from eqm_dist.sweeps import report
+from eqm_dist.sweeps.comparison import COLUMNS, CSV_COLUMNS, Seeded, Standing, by_trial, cells, compare, csv_cells
 from eqm_dist.sweeps.report import CSV_FILE, ranking, shown
 from eqm_dist.sweeps.spaces import trial_name
 
@@ -21,6 +23,7 @@ class Result:
         nfe: mean NFE for an image; None where it failed.
         seconds: of one worker, in all.
         failure: the reason, or None.
+        seed: that compares it with others; None for the seed of the search, which ranks it among all.
     """
 
     overrides: dict[str, Any]
@@ -29,6 +32,7 @@ class Result:
     nfe: float | None
     seconds: float
     failure: str | None = None
+    seed: int | None = None
 
     @property
     def trial(self) -> str:
@@ -47,18 +51,46 @@ class Result:
         return {key: value for key, value in found.items() if value is not None}
 
 
-def measured_with(results: Iterable[Result], samples: int) -> dict[str, Result]:
-    """The results with so many samples, by trial."""
-    return {result.trial: result for result in results if result.samples == samples}
+def measured_with(results: Iterable[Result], samples: int, seed: int | None = None) -> dict[str, Result]:
+    """The results with so many samples, by trial; by default those of the search."""
+    return {result.trial: result for result in results if result.samples == samples and result.seed == seed}
 
 
 def ranked(results: Iterable[Result]) -> list[Result]:
-    """The last result of each trial, the best first: those with more samples before others, failures at the end."""
+    """The last result of each trial in the search, the best first: those with more samples before others, failures at
+    the end.
+    """
     last: dict[str, Result] = {}
     for result in results:
-        if result.trial not in last or last[result.trial].samples <= result.samples:
+        if result.seed is None and (result.trial not in last or last[result.trial].samples <= result.samples):
             last[result.trial] = result
     return sorted(last.values(), key=lambda found: (found.fid is None, -found.samples, found.fid or 0.0))
+
+
+def finalists(results: Iterable[Result], samples: int, most: int) -> list[Result]:
+    """The best trials with so many samples, which are compared with other seeds."""
+    return [result for result in ranked(results) if result.samples == samples and result.fid is not None][:most]
+
+
+def compared(results: Sequence[Result], samples: int, seeds: Iterable[int]) -> list[Standing]:
+    """The trials that have an FID with all seeds; of a tie the one with fewer NFE is taken."""
+    rounds = {seed: measured_with(results, samples, seed) for seed in seeds}
+    points: list[Seeded] = []
+    for one in ranked(results):
+        found = [by_seed.get(one.trial) for by_seed in rounds.values()]
+        fids = {
+            seed: result.fid for seed, result in zip(rounds, found, strict=True) if result and result.fid is not None
+        }
+        nfe = [result.nfe for result in found if result and result.nfe is not None]
+        if rounds and len(fids) == len(rounds):
+            points.append(Seeded(one.overrides, fids, (fmean(nfe),)))
+    return compare(points)
+
+
+def ordered(order: Sequence[Result], standings: Sequence[Standing]) -> list[Result]:
+    """Ranked results, those that were compared first, in the order of the comparison."""
+    place = {trial: number for number, trial in enumerate(by_trial(standings))}
+    return sorted(order, key=lambda one: place.get(one.trial, len(place)))
 
 
 def pareto_front(results: Iterable[Result]) -> list[Result]:
@@ -93,17 +125,33 @@ def table(order: Sequence[Result], keys: Sequence[str], most: int = 10) -> list[
     return lines
 
 
-def write_csv(out: Path, order: Sequence[Result]) -> Path:
-    """One row for each trial, the best first.
+def comparison_table(standings: Sequence[Standing], keys: Sequence[str]) -> list[str]:
+    """The trials that several seeds compare, as aligned lines."""
+    rows = [((*cells(one), f"{one.point.cost[0]:.1f}".removesuffix(".0")), one.point.overrides) for one in standings]
+    return ranking([*COLUMNS, "NFE"], rows, keys, len(rows))
+
+
+def write_csv(out: Path, order: Sequence[Result], standings: Mapping[str, Standing]) -> Path:
+    """One row for each trial, the best first, with what the comparison says of it.
 
     Raises:
         StorageError: it cannot be written.
     """
     rows = [
         (
-            (rank, one.trial, one.fid, one.nfe, one.samples, f"{one.seconds:.3f}", one.failure),
+            (
+                rank,
+                one.trial,
+                one.fid,
+                one.nfe,
+                one.samples,
+                f"{one.seconds:.3f}",
+                one.failure,
+                *csv_cells(standings.get(one.trial)),
+            ),
             one.overrides,
         )
         for rank, one in enumerate(order, start=1)
     ]
-    return report.write_csv(out, ["rank", "trial", "fid", "nfe", "samples", "seconds", "failure"], rows)
+    columns = ["rank", "trial", "fid", "nfe", "samples", "seconds", "failure", *CSV_COLUMNS]
+    return report.write_csv(out, columns, rows)
