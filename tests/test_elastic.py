@@ -132,7 +132,8 @@ def test_no_other_node_takes_with_it_what_the_workers_ask_whether_to_stop(nodes:
 
     from eqm_dist.launch.ray_train import _stop_beside_driver
 
-    nodes.join(), nodes.join(), nodes.join()
+    for _ in range(3):
+        nodes.join()
     ray.init(address=nodes.cluster.address)
     try:
         here = ray.get_runtime_context().get_node_id()

@@ -17,7 +17,6 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from eqm_dist.errors import EqmDistError, LaunchError
 from eqm_dist.launch.ray_cluster import cluster
-from eqm_dist.launch.ray_quiet import quiet
 
 IN_FLIGHT = 2
 """Tasks that an actor has been given at once: one in work, one waiting. Bounds what slow work can pile up."""
@@ -58,7 +57,7 @@ def ray_actors(
         EqmDistError: what an actor raised, as it raised it.
         LaunchError: actors died again and again on one task.
     """
-    with quiet(), cluster():
+    with cluster():
         recipe = ray.put(work)  # once, whatever the number of actors: it may hold weights, or name millions of files
         yield partial(_run, _actors(most_actors), recipe)
 
