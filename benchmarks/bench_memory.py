@@ -103,7 +103,8 @@ def state_bytes(rank: int, world: int, case: str, shape: dict[str, int]) -> dict
         engine.step(1e-4, look)
     pieces = engine.fragments()
     kinds = {kind: storages(piece.values for piece in pieces if piece.state.startswith(kind)) for kind in STATES}
-    known = {at for kind in kinds.values() for at in kind} | before.keys()
+    # The engine's copy of what is not trained lies in host memory.
+    known = {at for kind in kinds.values() for at in kind} | before.keys() | storages(engine.frozen.values()).keys()
     # Under ZeRO 3 a parameter is this rank's part, besides which small ones stay whole.
     for kind, tensors in {
         "computing": [getattr(param, "ds_tensor", param.data) for param in trained],

@@ -111,7 +111,7 @@ def test_a_root_that_cannot_be_a_directory(shards: Path, tmp_path: Path) -> None
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which has tf32")
 def test_tf32_without_a_gpu_and_then_its_remedy(shards: Path, tmp_path: Path) -> None:
-    sentence = "train.precision=tf32 needs a GPU, and this worker has cpu; use fp32."
+    sentence = "train.precision=tf32 needs a GPU, and this process has cpu; use fp32."
     assert_sentence(train(tmp_path, shards, **{"train.precision": "tf32"}), sentence)
     assert train(tmp_path, shards, **{"train.precision": "fp32"}).code == 0  # nothing had begun
 

@@ -377,7 +377,7 @@ def test_what_an_actor_refuses_is_one_sentence(tmp_path: Path) -> None:
     [
         ([{"CPU": 4.0}, {"CPU": 2.0}], 6, 1, 0),
         ([{"CPU": 64.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 48.0, "GPU": 4.0}], 6, 8, 1),  # a head without a GPU
-        ([{"CPU": 1.0, "GPU": 2.0}], 2, 1, 1),
+        ([{"CPU": 1.0, "GPU": 2.0}], 1, 1, 1),  # a second actor would wait for a core without end
     ],
 )
 def test_each_gpu_gets_an_actor_that_fits_its_node(
