@@ -111,7 +111,7 @@ def test_draws_have_the_bits_of_the_cpu(device: torch.device) -> None:
 
 
 @pytest.mark.slow
-def test_compileds_have_the_bits_of_eager_ones(device: torch.device) -> None:
+def test_compiled_draws_have_the_bits_of_eager_ones(device: torch.device) -> None:
     positions = (2**40 + torch.arange(50)).to(device)
     expected, found = (draw(7, positions, SHAPE, 0.3, True) for draw in (draw_batch, compiled(draw_batch)))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True) if a is not None and b is not None)

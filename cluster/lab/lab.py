@@ -151,7 +151,8 @@ def ray_hosts() -> list[str]:
     """The hosts that Ray takes for alive; none while its head does not answer."""
     with suppress(OSError, ValueError):
         summary = _get_json(f"{layout.DASHBOARD}/nodes?view=summary")["data"]["summary"]
-        alive = {node["ip"] for node in summary if node["raylet"].get("state") == "ALIVE"}
+        # A node that has only just come has no address yet.
+        alive = {node.get("ip") for node in summary if node["raylet"].get("state") == "ALIVE"}
         return [host for host in layout.ALL_HOSTS if layout.address(host) in alive]
     return []
 
