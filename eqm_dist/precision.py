@@ -7,14 +7,23 @@ bf16   the inputs of products rounded to 7 bits by autocast, sums in fp32
 Weights, and the state that a sampler or an optimizer carries on, are fp32 in all three.
 """
 
+import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from eqm_dist.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}
+"""As Linux names them on x86 and, the last one, on Arm."""
 
 Precision = Literal["fp32", "tf32", "bf16"]
 
@@ -35,9 +44,29 @@ def in_effect(asked: Precision | Literal["auto"], device: torch.device, option: 
         if not on_gpu:
             return "fp32"
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "tf32"
+    if asked == "bf16" and device.type == "cpu" and not cpu_has_bf16():
+        _warn_of_emulation(option)
     if asked == "tf32" and not on_gpu:
         raise ConfigError(f"{option}=tf32 needs a GPU, and this process has {device.type}; use fp32.")
     return asked
+
+
+@cache
+def cpu_has_bf16(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this processor multiplies bf16 numbers in hardware; True where the system does not say."""
+    try:
+        flags = re.findall(r"^(?:flags|Features)\s*:(.*)$", cpu_info.read_text(), flags=re.MULTILINE)
+    except OSError:
+        return True
+    return not flags or not _BF16_INSTRUCTIONS.isdisjoint(flags[0].split())
+
+
+@cache
+def _warn_of_emulation(option: str) -> None:
+    logger.warning(
+        "warning: %s=bf16 is over ten times slower than fp32 on this processor, which has no bf16 instructions;"
+        " use fp32", option,
+    )  # fmt: skip
 
 
 def set_products(precision: Precision) -> None:

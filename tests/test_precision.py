@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from eqm_dist import precision
 from eqm_dist.build import build_field, build_model, build_run
 from eqm_dist.config import Config
 from eqm_dist.errors import ConfigError
@@ -124,3 +125,28 @@ def test_only_a_run_that_asks_for_it_is_deterministic(shards: Path, tmp_path: Pa
         opened = open_run(tiny.config(tmp_path, shards, **{"run.name": f"{asked}", "train.deterministic": asked}))
         build_run(opened, CPU)
         assert torch.are_deterministic_algorithms_enabled() == asked
+
+
+@pytest.mark.parametrize(
+    ("flags", "has"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16", True),
+        ("flags\t\t: fpu avx2 amx_bf16", True),
+        ("Features\t: fp asimd bf16", True),
+        ("flags\t\t: fpu avx2 avx512f", False),
+        ("Features\t: fp asimd", False),
+        ("processor\t: 0", True),  # it does not say
+    ],
+)
+def test_bf16_on_a_processor_that_emulates_it_is_warned_of(
+    flags: str, has: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{flags}\n")
+    assert precision.cpu_has_bf16(tmp_path / "cpuinfo") is has
+    assert precision.cpu_has_bf16(tmp_path / "missing")
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: has)  # the processor
+    precision._warn_of_emulation.cache_clear()
+    for _ in range(2):
+        assert precision.in_effect("bf16", CPU, "train.precision") == "bf16"
+    sentence = "train.precision=bf16 is over ten times slower than fp32 on this processor"
+    assert [sentence in line for line in caplog.messages] == [True] * (not has)  # once
