@@ -5,6 +5,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 UI_PORT ?= 5000
+GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3)
 CHECK_PYTHON := import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])
 
 # A name on PATH is not yet a Python that starts (version managers leave such names), so each is tried.
@@ -16,7 +17,7 @@ IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PIP_INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-long lint hooks docs ui clean
+.PHONY: help train test test-long gpu gpu-cluster lint hooks docs ui clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
@@ -31,6 +32,13 @@ test: $(STAMP) ## Run the tests, but for the slow ones
 
 test-long: $(STAMP) ## Run the slow tests
 	$(IN_VENV) $(VENV)/bin/python -m pytest -m slow $(ARGS) || { code=$$?; test $$code -eq 5 || exit $$code; }
+
+# Not in .venv, for the machine with the GPU may have no network to make it: in whatever Python has torch.
+gpu: ## See on a GPU, in ten minutes, all that a CPU cannot show (GPU_PYTHON=python3; small on a CPU)
+	@$(GPU_PYTHON) -m benchmarks.gpu_day $(ARGS)
+
+gpu-cluster: ## The same for what needs DeepSpeed and Ray
+	@$(GPU_PYTHON) -m benchmarks.gpu_day --cluster $(ARGS)
 
 lint: $(STAMP) ## Check style, formatting, types and the direction of imports
 	$(VENV)/bin/ruff check .

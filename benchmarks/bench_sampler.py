@@ -13,12 +13,13 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from benchmarks.record import write_record
+from benchmarks.record import RESULTS, write_record
 from benchmarks.step_cases import CHANNELS, CLASSES, SIDE, build_model
 from eqm_dist.compiled import compile_blocks, require_compiler
 from eqm_dist.config import SIZES
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("--nfe", type=int, default=20, help="(default: %(default)s)")
     parser.add_argument("--cases", default="fp32,bf16,fp32+adaptive", metavar="CASE,...", help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where the record goes")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cases = arguments.cases.split(",")
@@ -115,7 +117,7 @@ def main() -> None:
     for case, row in table.items():
         print(f"| {case} | {row['images_per_s']:.2f} | {row['evaluations_per_s']:.1f} | {row['nfe']:.1f} |")
     setting = {"size": arguments.size, "batch": arguments.batch, "nfe": arguments.nfe, "cfg_scale": CFG_SCALE}
-    print(f"\nwrote {write_record('sampler', device, {**setting, 'samplers': table, 'rounds': rounds})}")
+    print(f"\nwrote {write_record('sampler', device, {**setting, 'samplers': table, 'rounds': rounds}, arguments.out)}")
 
 
 def _medians(rounds: Sequence[dict[str, float]]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from benchmarks.record import write_record
+from benchmarks.record import RESULTS, write_record
 from benchmarks.step_cases import LEARNING_RATE, Case, build_engine, random_batch
 from eqm_dist.config import SIZES
 
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--engines", default="plain,zero1", help="of plain and zero1 (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="timed in a round (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where the record goes")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision: Any = "bf16" if device.type == "cuda" else "fp32"
@@ -91,7 +92,7 @@ def main() -> None:
         print(f"| {name} | {speed:.2f} | {efficiency[name]:.2f} |")
     setting = {"size": arguments.size, "batch_per_rank": arguments.batch, "precision": precision}
     results = {**setting, "images_per_s": table, "efficiency": efficiency, "rounds": rounds}
-    print(f"\nwrote {write_record('scaling', device, results)}")
+    print(f"\nwrote {write_record('scaling', device, results, arguments.out)}")
 
 
 if __name__ == "__main__":

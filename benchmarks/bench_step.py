@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.record import write_record
+from benchmarks.record import RESULTS, write_record
 from benchmarks.step_cases import (
     CHANNELS,
     CLASSES,
@@ -155,12 +155,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed in a round (default: %(default)s)")
     parser.add_argument("--official", type=Path, metavar="PATH", help="a checkout of the official code")
     parser.add_argument("--count-only", action="store_true", help="count kernels and bytes, time nothing")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where the record goes")
     arguments = parser.parse_args()
     sizes, batches = arguments.sizes.split(","), [int(batch) for batch in arguments.batches.split(",")]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.count_only:
         found = [counts(size, batch) for size in sizes for batch in batches]
-        print(*found, f"wrote {write_record('step_counts', device, {'counted': found})}", sep="\n")
+        print(*found, f"wrote {write_record('step_counts', device, {'counted': found}, arguments.out)}", sep="\n")
         return
     all_cases = cases(sizes, batches, arguments.cases.split(","))
     if any(case.compiled for case in all_cases):
@@ -197,7 +198,7 @@ def main() -> None:
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
         peak = f"{row['peak_bytes'] / 2**30:.1f}" if row["peak_bytes"] else "-"
         print(f"| {name} | {1e3 * row['step_s']:.1f} | {row['images_per_s']:.1f} | {mfu} | {peak} | {parts} |")
-    print(f"\nwrote {write_record('step', device, {'steps': table, 'rounds': rounds})}")
+    print(f"\nwrote {write_record('step', device, {'steps': table, 'rounds': rounds}, arguments.out)}")
 
 
 def _summary(case: Case, flops: float, rounds: Sequence[dict[str, Any]], device: torch.device) -> dict[str, Any]:

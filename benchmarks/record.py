@@ -35,7 +35,8 @@ def write_record(what: str, device: torch.device, results: dict[str, Any], folde
     name = re.sub(r"[^a-z0-9]+", "-", "-".join(device_name(device).lower().split()[:3])).strip("-")
     now = datetime.now(UTC)
     path = folder / f"{what}_{name}_{now:%Y-%m-%d}.json"
-    command = f"python -m benchmarks.bench_{what} {' '.join(sys.argv[1:])}".strip()
+    module = f"{Path(sys.argv[0]).parent.name}.{Path(sys.argv[0]).stem}"
+    command = f"python -m {module} {' '.join(sys.argv[1:])}".strip()
     record = {"command": command, "date": f"{now:%Y-%m-%dT%H:%M:%SZ}", **made, "hardware": hardware, **results}
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
