@@ -161,7 +161,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.count_only:
         found = [counts(size, batch) for size in sizes for batch in batches]
-        print(*found, f"wrote {write_record('step_counts', device, {'counted': found}, arguments.out)}", sep="\n")
+        print(*found, f"wrote {write_record('counts', device, {'counted': found}, arguments.out)}", sep="\n")
         return
     all_cases = cases(sizes, batches, arguments.cases.split(","))
     if any(case.compiled for case in all_cases):

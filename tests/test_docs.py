@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import pytest
 import yaml
 
-from docs import options_page
+from docs import options_page, performance_page
 from docs.build_site import broken_links
 from eqm_dist import cli
 from eqm_dist.__main__ import COMMANDS
@@ -278,3 +278,8 @@ def test_a_wrong_command_is_found(line: str, sentence: str, tmp_path: Path) -> N
 def test_the_list_of_options_is_that_of_the_code() -> None:
     text = options_page.PAGE.read_text(encoding="utf-8")
     assert text == options_page.page(), "run: python docs/options_page.py"
+
+
+def test_the_page_of_performance_is_that_of_the_records() -> None:
+    text = performance_page.PAGE.read_text(encoding="utf-8")
+    assert text == performance_page.page(), "run: python docs/performance_page.py"
