@@ -295,9 +295,10 @@ class MlflowTracker:
             logger.warning("warning: MLflow did not take the last metrics; metrics.jsonl has them all.")
 
     def _send(self) -> None:
+        job = self._jobs.get()  # before anything of MLflow is imported: the first step does not wait for that
         monitor = self._start_system_metrics()
         away = False
-        while (job := self._jobs.get()) is not None:
+        while job is not None:
             while True:
                 try:
                     with _answers(self._run.tracking_uri, self._run.timeout_s) as client:
@@ -316,6 +317,7 @@ class MlflowTracker:
                     logger.info("MLflow answers again, and has what it missed")
                 away = False
                 break
+            job = self._jobs.get()
         monitor.finish()
 
     def _start_system_metrics(self) -> Any:
