@@ -361,7 +361,8 @@ class EngineConfig(Section, marks=(Resumable,)):
     zero_stage: Annotated[
         Annotated[int, Field(ge=0, le=3)] | None, Only("kind", ("auto", "deepspeed"), _stage_if_certain)
     ] = None
-    """ZeRO stage of DeepSpeed, 1 by default. 1 sends the gradients once a step; 2 and 3 once a micro-batch, and hold less."""
+    """ZeRO stage of DeepSpeed, by default 1: gradients are sent once a step. 2 and 3 send each micro-batch's, and hold
+    less."""
     offload: Annotated[Literal["none", "cpu"], Only("kind", ("auto", "deepspeed"), "none", otherwise="none")] = "none"
     """cpu: keep fp32 weights, moments and EMAs in host memory, and update them there; needs ZeRO 1 to 3."""
     deepspeed: Annotated[dict[str, Any], Only("kind", ("auto", "deepspeed"), make(dict), otherwise=make(dict))] = Field(
