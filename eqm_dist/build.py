@@ -189,7 +189,7 @@ def build_run(
         if config.evaluation.every and isinstance(reader, ShardReader) and not config.evaluation.asynchronous
         else None,
         evaluations=opened.evaluations,
-        tracker=_begin_record(opened, state.step) if rank() == 0 else None,
+        tracker=_begin_record(opened, state.step, engine.name) if rank() == 0 else None,
         ema_state=ema_state,
         steps=config.train.steps,
         global_batch=config.train.global_batch,
@@ -489,26 +489,22 @@ def _build_engine(
         "precision": config.train.precision,
         "gradient_clip": settings.gradient_clip,
     }
-    kind = config.engine.kind
-    assert kind is not None  # settled by the launcher
-    match kind:
-        case "torch":
-            return TorchEngine(module, optimizer, **common)
-        case "deepspeed":
-            from eqm_dist.train.deepspeed_engine import DeepSpeedEngine  # seconds to import, and not needed above
+    stage = config.engine.stage(world_size())
+    if stage is None:
+        # What an energy differentiates inside its loss, torch's own reduction does not promise to follow.
+        return TorchEngine(module, optimizer, **common, overlap=config.objective.energy == "none")
+    from eqm_dist.train.deepspeed_engine import DeepSpeedEngine  # seconds to import, and not needed above
 
-            return DeepSpeedEngine(
-                module,
-                optimizer,
-                **common,
-                zero_stage=required(config.engine.zero_stage),
-                offload=config.engine.offload == "cpu",
-                micro_batch=micro_batch,
-                grad_accum=grad_accum,
-                more=config.engine.deepspeed,
-            )
-        case _:
-            assert_never(kind)
+    return DeepSpeedEngine(
+        module,
+        optimizer,
+        **common,
+        zero_stage=stage,
+        offload=config.engine.offload == "cpu",
+        micro_batch=micro_batch,
+        grad_accum=grad_accum,
+        more=config.engine.deepspeed,
+    )
 
 
 def build_evaluator(
@@ -565,19 +561,23 @@ def build_mirror(opened: OpenRun) -> Mirror | None:
     return Mirror(location, opened.directory, opened.checkpoints, config.checkpoint.mirror_deadline_s)
 
 
-def _begin_record(opened: OpenRun, step: int) -> CountingTracker:
+def _begin_record(opened: OpenRun, step: int, engine: str) -> CountingTracker:
     """The record of an attempt; what the one before did beyond ``step`` is counted, then dropped."""
     attempts = Attempts(
         opened.directory / ATTEMPTS_FILE, read_metrics(opened.directory / METRICS_FILE), step, world_size()
     )
-    return CountingTracker(open_tracker(opened, step), attempts)
+    return CountingTracker(open_tracker(opened, step, engine), attempts)
 
 
-def open_tracker(opened: OpenRun, resume_step: int) -> CompositeTracker:
-    """The record of a run that starts or resumes at a step; what it knows of the evaluations already is no news."""
+def open_tracker(opened: OpenRun, resume_step: int, engine: str | None = None) -> CompositeTracker:
+    """The record of a run that starts or resumes at a step; what it knows of the evaluations already is no news.
+
+    ``engine``: the one in effect from here on, if anything is trained.
+    """
     file = opened.directory / METRICS_FILE
     trackers: list[Any] = [JsonlTracker(file, resume_step)]  # first: it drops the steps that are done again
     if opened.mlflow is not None:
-        trackers.append(MlflowTracker(opened.mlflow, read_metrics(file)))
+        tags = {"eqm_dist.engine": engine} if engine else {}
+        trackers.append(MlflowTracker(opened.mlflow, read_metrics(file), tags))
     opened.evaluations.seen(line["step"] for line in read_metrics(file) if SCORE in line)
     return CompositeTracker(trackers)

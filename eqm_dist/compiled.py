@@ -50,6 +50,7 @@ def compile_blocks(
         backend: of ``torch.compile``.
     """
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.optimize_ddp = False  # it would cut graphs at the bounds of buckets; blocks are cuts enough
     # Both engines run the backward pass outside of autocast, and a compiled one must do what the eager one does.
     functorch.backward_pass_autocast = "off"  # noqa: S105
     for block in blocks:

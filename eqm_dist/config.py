@@ -343,21 +343,39 @@ DEEPSPEED_KEYS = ("zero_optimization", "communication_data_type", "comms_logger"
                   "wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_python_gc")  # fmt: skip
 
 
+_STAGE = 1
+
+
+def _stage_if_certain(engine: "EngineConfig") -> int | None:
+    return _STAGE if engine.kind == "deepspeed" else None
+
+
 class EngineConfig(Section, marks=(Resumable,)):
     """Who runs the updates."""
 
     kind: Annotated[
-        Literal["deepspeed", "torch"] | None, Only("launch.launcher", ("ray",), "deepspeed", otherwise="torch")
+        Literal["auto", "deepspeed", "torch"] | None, Only("launch.launcher", ("ray",), "auto", otherwise="torch")
     ] = None
-    """DeepSpeed with ZeRO, or its plain-torch twin, which keeps everything on every worker."""
-    zero_stage: Annotated[Annotated[int, Field(ge=0, le=3)] | None, Only("kind", ("deepspeed",), 1)] = None
-    """ZeRO stage of DeepSpeed. 1 sends the gradients once a step; 2 and 3 once a micro-batch, and hold less."""
-    offload: Annotated[Literal["none", "cpu"], Only("kind", ("deepspeed",), "none", otherwise="none")] = "none"
+    """DeepSpeed with ZeRO, or its plain-torch twin, which keeps everything on every worker. auto: torch on one worker,
+    DeepSpeed on several, or where one of its options below is given."""
+    zero_stage: Annotated[
+        Annotated[int, Field(ge=0, le=3)] | None, Only("kind", ("auto", "deepspeed"), _stage_if_certain)
+    ] = None
+    """ZeRO stage of DeepSpeed, by default 1: gradients are sent once a step. 2 and 3 send each micro-batch's, and hold
+    less."""
+    offload: Annotated[Literal["none", "cpu"], Only("kind", ("auto", "deepspeed"), "none", otherwise="none")] = "none"
     """cpu: keep fp32 weights, moments and EMAs in host memory, and update them there; needs ZeRO 1 to 3."""
-    deepspeed: Annotated[dict[str, Any], Only("kind", ("deepspeed",), make(dict), otherwise=make(dict))] = Field(
+    deepspeed: Annotated[dict[str, Any], Only("kind", ("auto", "deepspeed"), make(dict), otherwise=make(dict))] = Field(
         default={}
     )
     """More of DeepSpeed's own keys, as {zero_optimization: {overlap_comm: true}}."""
+
+    def stage(self, workers: int) -> int | None:
+        """ZeRO stage on so many workers; None for the plain engine."""
+        asked = self.zero_stage is not None or self.offload != "none" or bool(self.deepspeed)
+        if self.kind == "torch" or (self.kind == "auto" and workers == 1 and not asked):
+            return None
+        return _STAGE if self.zero_stage is None else self.zero_stage
 
     @field_validator("offload", mode="before")
     @classmethod
@@ -677,7 +695,7 @@ class Config(Section):
                 " gradient of eager blocks; leave it out"
             )
         sums = "communication_data_type"
-        if sums in self.engine.deepspeed and self.train.precision == "bf16" and self.engine.zero_stage:
+        if sums in self.engine.deepspeed and self.train.precision == "bf16" and self.engine.stage(2):
             raise ValueError(
                 f"engine.deepspeed.{sums} has no effect with train.precision=bf16 and ZeRO 1 to 3, where DeepSpeed sums"
                 " in fp32; leave it out, or use engine.zero_stage=0"

@@ -55,7 +55,8 @@ def derive(config: Config) -> Derived:
     parameters, trained = parameter_count(**counted), parameter_count(**counted, trainable_only=True)
     macs, emas = forward_macs(**shape), len(config.optimizer.ema_decays)
     states = 3 + emas  # fp32 weight, two moments, the EMAs
-    workers, stage = _fewest_workers(config), config.engine.zero_stage
+    workers = _fewest_workers(config)
+    stage = config.engine.stage(workers)
     return Derived(
         parameters=parameters,
         trained_parameters=trained,

@@ -6,7 +6,7 @@ Workers start from the ``OpenRun`` that comes out; nothing here is done twice.
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,15 @@ def hold_run(config: Config) -> AbstractContextManager[None]:
 def open_run(config: Config) -> OpenRun:
     """Check the data and the run directory, and open the record; called once, by the driver.
 
+    Raises:
+        EqmDistError: see ``check_run`` and ``open_record``.
+    """
+    return open_record(check_run(config))
+
+
+def check_run(config: Config) -> OpenRun:
+    """Check the data and the run directory, and write what the run is into it. Its record is still to be opened.
+
     A run that has begun goes on with its own values: what the command does not give is taken from its record, whatever
     the defaults are now.
 
@@ -73,7 +82,6 @@ def open_run(config: Config) -> OpenRun:
         ConfigError: the config contradicts the run of that name, or the shards.
         DataError: there are no such shards.
         StorageError: the run directory cannot be written.
-        TrackingError: the tracking server does not answer.
     """
     root = runs_root(config.run.root)
     directory = root / config.run.name
@@ -104,7 +112,18 @@ def open_run(config: Config) -> OpenRun:
     atomic_write(directory / CONFIG_FILE, to_yaml(config).encode())
     for number, manifest in enumerate(manifests):
         atomic_write(directory / manifest_file(number), manifest.model_dump_json(indent=1).encode())
-    return OpenRun(config, directory, _open_mlflow(config, directory) if config.track.mlflow else None)
+    return opened
+
+
+def open_record(opened: OpenRun) -> OpenRun:
+    """The run with its MLflow run, if it has one.
+
+    Raises:
+        DataError: what the run directory says of its MLflow run is damaged.
+        TrackingError: the tracking server does not answer, or no longer knows the run.
+    """
+    config = opened.config
+    return replace(opened, mlflow=_open_mlflow(config, opened.directory)) if config.track.mlflow else opened
 
 
 def _with_absolute_locations(config: Config, root: Path, embedded: Path) -> Config:

@@ -31,6 +31,8 @@ CHECKPOINTS = "checkpoints"
 EVALUATIONS = "evaluations"
 SAMPLES = "samples"
 LOGS = "logs"
+MARKER = "COMPLETE.json"
+"""Written last into a checkpoint: one without it is none."""
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's own list of checkpoints; it lies there because a run's directory is Ray's too (docs/decisions/0006)."""
 
@@ -79,6 +81,19 @@ def step_in(name: str) -> int | None:
     digits = name.removeprefix("step_")
     # "²" is a digit too, and "0000000004" a number, but neither is a name that we write.
     return int(digits) if digits.isdecimal() and len(digits) < 20 and name == step_name(int(digits)) else None
+
+
+def checkpoints_in(directory: Path) -> dict[int, Path]:
+    """What lies in a directory of checkpoints under a name of ours, by rising step."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        names = {step_in(name): name for name in os.listdir(directory)}
+        return {step: directory / names[step] for step in sorted(step for step in names if step is not None)}
+    return {}
+
+
+def whole_checkpoints(directory: Path) -> dict[int, Path]:
+    """Those of them that have a marker."""
+    return {step: path for step, path in checkpoints_in(directory).items() if (path / MARKER).exists()}
 
 
 def set_aside_step(name: str) -> int | None:

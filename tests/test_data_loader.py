@@ -343,12 +343,14 @@ def test_data_sets_that_are_mixed_share_the_descriptors(
         JoinedReader([ShardReader(ramp)] * 7)
 
 
-def test_half_precision_stays_until_the_device(ramp: Path) -> None:
-    batch = ramp_loader(ramp, global_batch=8).batch(0)
-    assert batch.moments.dtype == torch.float16
-    there = batch.to(torch.device("cpu"))
-    assert there.moments.dtype == torch.float32
-    assert torch.equal(there.moments, batch.moments.float())
+def test_without_a_device_half_precision_is_cast_where_it_is_read(ramp: Path) -> None:
+    batch, reader = ramp_loader(ramp, global_batch=8).batch(0), ShardReader(ramp)
+    assert batch.moments.dtype == torch.float32
+    assert batch.to(torch.device("cpu")).moments is batch.moments  # the training thread has nothing left to do
+    stored = torch.empty(batch.moments.shape, dtype=torch.float16)
+    _, indices = SampleOrder(reader.shard_sizes, seed=5, window_shards=3).samples(batch.positions.numpy())
+    reader.read_into(stored.numpy(), indices)
+    assert torch.equal(batch.moments, stored.float())
 
 
 def equal(batches: list[Batch], others: list[Batch]) -> bool:

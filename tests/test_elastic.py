@@ -127,21 +127,31 @@ def test_a_run_shrinks_and_grows_with_its_cluster(tmp_path: Path, nodes: Nodes) 
     assert sorted(point.step for point in points) == list(range(1, STEPS + 1))
 
 
-def test_no_other_node_takes_with_it_what_the_workers_ask_whether_to_stop(nodes: Nodes) -> None:
+def test_what_the_driver_wishes_reaches_the_workers_of_every_node_and_dies_with_none(nodes: Nodes) -> None:
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from eqm_dist.launch.ray_train import _stop_beside_driver
+    from eqm_dist.launch.stop import StopRequest
 
-    for _ in range(3):
-        nodes.join()
+    nodes.join()
+    lost, kept = nodes.join(), nodes.join()
     ray.init(address=nodes.cluster.address)
     try:
-        here = ray.get_runtime_context().get_node_id()
-        asked = [
-            _stop_beside_driver().__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
-            for _ in range(6)  # which Ray would spread over the nodes
-        ]
-        assert ray.get(asked) == 6 * [here]
+        made = ray.remote(StopRequest.made)
+
+        def asks(node: Any, stop: StopRequest) -> bool:
+            strategy = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+            return ray.get(made.options(num_cpus=0, scheduling_strategy=strategy).remote(stop))
+
+        stop, other = StopRequest(), StopRequest()
+        assert not asks(kept, stop)
+        stop.make()
+        assert [asks(node, stop) for node in (lost, kept)] == [True, True]
+        nodes.lose(lost)
+        assert asks(kept, stop)
+        assert not asks(kept, other)
+        stop.forget()
+        assert not asks(kept, stop)
     finally:
         ray.shutdown()
 

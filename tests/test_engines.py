@@ -243,6 +243,36 @@ def test_the_plain_engine_starts_from_the_weights_of_rank_0(tmp_path: Path) -> N
         assert torch.equal(found, alone)
 
 
+def engine_in_effect(rank: int, opened: OpenRun) -> tuple[str, str]:
+    """What the record says of it, and what it is."""
+    run = build_run(opened, torch.device("cpu"))
+    return run.engine.name, type(run.engine).__name__
+
+
+@pytest.mark.parametrize(
+    ("workers", "given", "name"),
+    [
+        (1, {}, "the plain engine"),
+        (2, {}, "DeepSpeed ZeRO-1"),
+        (1, {"engine.kind": "deepspeed"}, "DeepSpeed ZeRO-1"),
+        (1, {"engine.zero_stage": 2}, "DeepSpeed ZeRO-2"),
+        (2, {"engine.kind": "torch"}, "the plain engine"),
+    ],
+)
+def test_the_engine_follows_the_number_of_workers_unless_somebody_chose_one(
+    workers: int, given: dict[str, object], name: str, tmp_path: Path
+) -> None:
+    opened = open_run(config(tmp_path, "run", **given))
+    kind = "TorchEngine" if name == "the plain engine" else "DeepSpeedEngine"
+    assert run_ranks(workers, engine_in_effect, opened) == workers * [(name, kind)]
+
+
+def test_the_record_of_an_automatic_engine_keeps_it_automatic(tmp_path: Path) -> None:
+    recorded = open_run(config(tmp_path, "run")).config.engine
+    assert [recorded.stage(workers) for workers in (1, 2)] == [None, 1]
+    assert recorded.kind == "auto"
+
+
 def test_bf16_is_the_same_under_both_engines(tmp_path: Path) -> None:
     runs = [
         open_run(config(tmp_path, name, **ENGINES[name], **{"train.precision": "bf16"})) for name in ("torch", "zero2")

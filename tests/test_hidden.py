@@ -30,7 +30,10 @@ def test_metrics_and_autoencoder_import_neither_torchvision_nor_torch_fidelity(t
     code = f"""
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
-import eqm_dist.build, eqm_dist.evaluate.metrics
+import torch
+from eqm_dist.evaluate.metrics import half_split_fid, kernel_distance
+features = torch.randn(8, 4)
+half_split_fid(features, seed=0), kernel_distance(features, features, subsets=1, subset_size=4)
 from eqm_dist.models.autoencoder import load_autoencoder
 from tests.vae import save_tiny_vae
 from pathlib import Path

@@ -71,8 +71,8 @@ def nulls(config: Config) -> list[str]:
 
 
 MEANT = {"optimizer.gradient_clip", "train.micro_batch", "checkpoint.keep_every", "checkpoint.mirror",
-         "sampler.stop_norm", "sampler.stop_ratio", "evaluation.extractor_weights"}  # fmt: skip
-"""Options whose null is what is in effect: no limit, none, never, fetched when it is needed."""
+         "sampler.stop_norm", "sampler.stop_ratio", "evaluation.extractor_weights", "engine.zero_stage"}  # fmt: skip
+"""Options whose null is what is in effect: no limit, none, never, fetched when it is needed, by how many workers."""
 
 
 class Grey:

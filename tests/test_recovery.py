@@ -26,7 +26,7 @@ def checkpoints_at(directory: Path, *steps: int) -> Checkpoints:
 def test_failures_count_only_in_a_row_without_a_newer_checkpoint(tmp_path: Path) -> None:
     from eqm_dist.launch.recovery import Setbacks
 
-    setbacks = Setbacks(checkpoints_at(tmp_path), limit=2)
+    setbacks = Setbacks(tmp_path, limit=2)
     assert setbacks.another("it broke") == "warning: it broke; failure 1 of 2 in a row, restarting from step 0"
     assert "failure 2 of 2 in a row" in setbacks.another("it broke")
     for step in range(1, 100):  # a hundred failures that cost no more than the way from one checkpoint to the next
@@ -40,11 +40,12 @@ def test_failures_count_only_in_a_row_without_a_newer_checkpoint(tmp_path: Path)
 def test_no_limit_and_no_patience(tmp_path: Path) -> None:
     from eqm_dist.launch.recovery import Setbacks
 
-    unlimited = Setbacks(checkpoints_at(tmp_path, 7), limit=-1)
+    checkpoints_at(tmp_path, 7)
+    unlimited = Setbacks(tmp_path, limit=-1)
     sentences = [unlimited.another("lost") for _ in range(100)]
     assert sentences[-1] == "warning: lost; failure 100 in a row, restarting from step 7"
     with pytest.raises(LaunchError, match="failed 1 times in a row"):
-        Setbacks(checkpoints_at(tmp_path), limit=0).another("lost")
+        Setbacks(tmp_path, limit=0).another("lost")
 
 
 def test_elastic_workers_get_the_smallest_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +74,7 @@ def recovery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from eqm_dist.launch.ray_cluster import Offer
     from eqm_dist.launch.recovery import Recovery, Setbacks
 
-    made = Recovery(tmp_path / "log", Setbacks(checkpoints_at(tmp_path), limit=3), Offer((2, 4), 1, use_gpu=False))
+    made = Recovery(tmp_path / "log", Setbacks(tmp_path, limit=3), Offer((2, 4), 1, use_gpu=False))
     places = [SimpleNamespace(node_id=name, hostname=name, node_ip=f"10.0.0.{at}") for at, name in enumerate("ab")]
     workers = [SimpleNamespace(metadata=place) for place in places]
     made.after_worker_group_start(cast("Any", SimpleNamespace(get_workers=lambda: workers)))

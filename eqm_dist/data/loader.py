@@ -37,7 +37,8 @@ class Batch:
     positions: Tensor
     """[n], int64: the positions in the order, which key all randomness of a sample."""
     moments: Tensor
-    """[n, V, 2C, H, W], in the stored dtype until ``to`` makes them float32 on the device: half the bytes to copy."""
+    """[n, V, 2C, H, W]; in page-locked memory in the stored dtype, which ``to`` makes float32 on the device: half the
+    bytes to copy. Otherwise float32 already, by the threads that read them."""
     labels: Tensor
     """[n], int64."""
 
@@ -320,7 +321,7 @@ class Loader:
         positions = np.arange(*self._range(step), dtype=np.int64)
         _, indices = self._order.samples(positions)
         shape = (len(indices), *self._reader.manifest.moments_shape)
-        dtype = torch.from_numpy(np.empty(0, self._reader.dtype)).dtype
+        dtype = torch.from_numpy(np.empty(0, self._reader.dtype)).dtype if self._pin_memory else torch.float32
         moments = torch.empty(shape, dtype=dtype, pin_memory=self._pin_memory)
         labels = self._reader.read_into(moments.numpy(), indices)
         if self._pin_memory:

@@ -1,15 +1,21 @@
 """Figures of an evaluation."""
 
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def nfe_histogram(nfe: Tensor) -> Figure:
+
+def nfe_histogram(nfe: Tensor) -> "Figure":
     """How many samples took how many evaluations of the field (paper, Figure 8).
 
     Args:
         nfe: [n] int64, n >= 1.
     """
+    from matplotlib.figure import Figure  # most of a second, which no run has to wait for before its first step
+
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     low, high = int(nfe.min()), int(nfe.max())

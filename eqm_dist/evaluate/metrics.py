@@ -11,7 +11,7 @@ workers, over several generations.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -23,9 +23,8 @@ from eqm_dist.hidden import hidden
 from eqm_dist.metric_settings import SEED
 from eqm_dist.precision import products
 
-with hidden("torchvision", "torch_fidelity"):
+if TYPE_CHECKING:
     from torchmetrics.image.fid import FrechetInceptionDistance
-    from torchmetrics.image.kid import poly_mmd
 
 FEWEST_HALVED = 4
 """Images of which two halves have a covariance each."""
@@ -139,6 +138,9 @@ def kernel_distance(
             f"The KID draws subsets of {subset_size} images, and a side has {fewest}; bring more images, or lower"
             " --kid-subset-size."
         )
+    with hidden("torchvision", "torch_fidelity"):
+        from torchmetrics.image.kid import poly_mmd
+
     generated, reference = generated.double(), reference.double()
     draw = np.random.RandomState(seed)
     distances = []
@@ -263,6 +265,10 @@ class _Features(nn.Module):
         return features
 
 
-def _metric(extractor: nn.Module, device: torch.device | str) -> FrechetInceptionDistance:
+def _metric(extractor: nn.Module, device: torch.device | str) -> "FrechetInceptionDistance":
+    # Seconds to import, with scipy and matplotlib: no run waits for it before its first step.
+    with hidden("torchvision", "torch_fidelity"):
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
     # Without sync: workers are merged by us, once, and torchmetrics' own way hangs when they hold unequal parts.
     return FrechetInceptionDistance(feature=extractor, sync_on_compute=False).to(device)

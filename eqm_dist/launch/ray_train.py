@@ -20,18 +20,20 @@ import ray
 import ray.train
 from ray.exceptions import RayActorError
 from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.train.torch import TorchConfig, get_device
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from eqm_dist.build import OpenRun, build_run, plan_batch
 from eqm_dist.errors import EqmDistError
 from eqm_dist.launch.asynchronous_evaluation import asynchronous_evaluation, finish_evaluations
 from eqm_dist.launch.interrupt import Interrupt
+from eqm_dist.launch.one_machine import OneMachineTrainer, on_this_machine
 from eqm_dist.launch.packed import pack, unpack
 from eqm_dist.launch.preemption import Preemption
 from eqm_dist.launch.ray_cluster import Offer, offer
 from eqm_dist.launch.recovery import Recovery, Setbacks
-from eqm_dist.launch.rendezvous import FileTorchConfig, on_this_machine
+from eqm_dist.launch.rendezvous import FileGroup
+from eqm_dist.launch.stop import StopRequest
 from eqm_dist.launch.watchdog import Watchdog
 from eqm_dist.launch.worker import run_to_end
 from eqm_dist.logs import FileFollower, log_file, setup_logging
@@ -45,6 +47,8 @@ logger = logging.getLogger(__name__)
 _COLLECTIVE_TIMEOUT_S = 1800
 _START_TIMEOUT_S = 10
 _POLL_S = 0.2
+_HEALTH_CHECK_S = 0.5
+"""Seconds between two looks of Ray's controller at the workers: at each end of a run it costs one of them."""
 _STOP_S = 120
 """Seconds within which workers that are asked to end must have saved."""
 
@@ -61,47 +65,28 @@ def train(opened: OpenRun) -> None:
     offered = offer(required(launch.workers), required(launch.cpus_per_worker), opened.config.evaluation.cpus or 0)
     for workers in offered.sizes:
         plan_batch(opened.config, workers)
-    setbacks = Setbacks(opened.checkpoints, required(launch.max_failures))
-    stop = _stop_beside_driver()
+    setbacks = Setbacks(opened.directory, required(launch.max_failures))
+    stop = StopRequest()
     with Interrupt() as interrupt, FileFollower(log_file(opened.directory, 0)):
         while (failure := _interruptibly(partial(_fit, opened, offered, setbacks, stop), interrupt, stop)) is not None:
             logger.warning(setbacks.another(failure))
+    stop.forget()
     interrupt.check()
     if opened.config.evaluation.asynchronous:
         finish_evaluations(opened)
 
 
-@ray.remote(num_cpus=0)
-class _Stop:
-    """Whether the workers are to save and to end, for all of them to ask."""
-
-    def __init__(self) -> None:
-        self._asked = False
-
-    def ask(self) -> None:
-        self._asked = True
-
-    def asked(self) -> bool:
-        return self._asked
-
-
-def _stop_beside_driver() -> Any:
-    """On the node whose loss ends the run in any case; elsewhere the workers that are left could not ask any more."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return _Stop.options(scheduling_strategy=here).remote()
-
-
 class _AskedToStop:
     """Asked by every rank alike after each report whether the user wants the run to end. A collective."""
 
-    def __init__(self, stop: Any) -> None:
+    def __init__(self, stop: StopRequest) -> None:
         self._stop = stop
 
     def __call__(self, reported: bool) -> bool:
-        return reported and from_rank_zero(rank() == 0 and ray.get(self._stop.asked.remote()))
+        return reported and from_rank_zero(rank() == 0 and self._stop.made())
 
 
-def _interruptibly(work: Callable[[], str | None], interrupt: Interrupt, stop: Any) -> str | None:
+def _interruptibly(work: Callable[[], str | None], interrupt: Interrupt, stop: StopRequest) -> str | None:
     """Do the work, and pass an interrupt on to the workers.
 
     Ray's own handler of interrupts, which it sets in the main thread alone, would kill the workers where they are.
@@ -121,14 +106,14 @@ def _interruptibly(work: Callable[[], str | None], interrupt: Interrupt, stop: A
     ends = math.inf
     while not wait([outcome], timeout=_POLL_S).done:
         if interrupt.asked and ends == math.inf:
-            stop.ask.remote()
+            threading.Thread(target=stop.make, daemon=True).start()  # a second interrupt waits for no head that is gone
             ends = time.monotonic() + _STOP_S
         if time.monotonic() > ends:
             interrupt.check()
     return outcome.result()
 
 
-def _fit(opened: OpenRun, offered: Offer, setbacks: Setbacks, stop: Any) -> str | None:
+def _fit(opened: OpenRun, offered: Offer, setbacks: Setbacks, stop: StopRequest) -> str | None:
     """Train with one controller of Ray's; what became of it if it failed, which the workers' failures do not make it.
 
     Ray 2.60 gives up where a worker dies while the workers are being started.
@@ -137,11 +122,12 @@ def _fit(opened: OpenRun, offered: Offer, setbacks: Setbacks, stop: Any) -> str 
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(_COLLECTIVE_TIMEOUT_S))
     if isinstance(offered.workers, tuple):  # after the loss of a node Ray tries the old number of workers for so long
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
-    torch_config = FileTorchConfig if on_this_machine() else TorchConfig
-    trainer = TorchTrainer(
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_HEALTH_CHECK_S))
+    trainer_of, group = (OneMachineTrainer, FileGroup) if on_this_machine() else (DataParallelTrainer, TorchConfig)
+    trainer = trainer_of(
         _worker,
         train_loop_config={**pack(opened), "stop": stop},
-        torch_config=torch_config(backend="nccl" if offered.use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
+        backend_config=group(backend="nccl" if offered.use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=offered.workers,
             use_gpu=offered.use_gpu,

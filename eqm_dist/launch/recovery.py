@@ -3,6 +3,8 @@
 Ray counts failures for ever, so that a run of weeks would end with its hundredth lost node, and a limit of -1 would
 let a broken one crash for weeks. Here only failures in a row count, those with no newer checkpoint in between. Ray's
 own limits are off, and an exception raised in its controller, where this runs, ends the run.
+
+The controller starts before the workers, which wait for it: what it imports with this file must be little, so no torch.
 """
 
 import logging
@@ -26,7 +28,7 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGro
 from eqm_dist.errors import EqmDistError, LaunchError
 from eqm_dist.launch.ray_cluster import Offer
 from eqm_dist.logs import setup_logging
-from eqm_dist.train.checkpoint import Checkpoints, step_of
+from eqm_dist.run_directory import CHECKPOINTS, LOGS, whole_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +40,12 @@ class Setbacks:
     """Failures in a row.
 
     Args:
-        checkpoints: of the run; a newer one ends a row.
+        directory: of the run; a newer checkpoint in it ends a row.
         limit: failures in a row that are borne; -1 any number.
     """
 
-    def __init__(self, checkpoints: Checkpoints, limit: int) -> None:
-        self._checkpoints, self._limit = checkpoints, limit
+    def __init__(self, directory: Path, limit: int) -> None:
+        self._directory, self._limit = directory, limit
         self._count, self._step = 0, -1
 
     def another(self, what: str) -> str:
@@ -52,15 +54,14 @@ class Setbacks:
         Raises:
             LaunchError: it was one too many.
         """
-        latest = self._checkpoints.latest()
-        step = step_of(latest.name) if latest else 0
+        step = max(whole_checkpoints(self._directory / CHECKPOINTS), default=0)
         self._count = 1 if step > self._step else self._count + 1
         self._step = max(step, self._step)
         if 0 <= self._limit < self._count:
             raise LaunchError(
                 f"The run failed {self._count} times in a row without a newer checkpoint than step {step:,}, and"
                 f" launch.max_failures={self._limit}; the last time: {what}. The workers' logs are in"
-                f" {self._checkpoints.directory.parent / 'logs'}; run the same command again to resume."
+                f" {self._directory / LOGS}; run the same command again to resume."
             )
         borne = f" of {self._limit}" if self._limit >= 0 else ""
         return f"warning: {what}; failure {self._count}{borne} in a row, restarting from step {step:,}"

@@ -1,6 +1,7 @@
 """A training run from its config to its last line: what ``pipelines/train.py`` calls."""
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ from eqm_dist.config import Config
 from eqm_dist.derived import derive, step_size_warning
 from eqm_dist.launch import local
 from eqm_dist.logs import setup_logging
-from eqm_dist.open_run import hold_run, open_run
+from eqm_dist.open_run import check_run, hold_run, open_record
 from eqm_dist.options import to_yaml
 from eqm_dist.run_directory import CHECKPOINTS, METRICS_FILE, pictures
 from eqm_dist.text import counted, labelled
-from eqm_dist.track.mlflow import MlflowRun, close_run, default_uri
+from eqm_dist.track.mlflow import close_run, default_uri
 from eqm_dist.track.result import read_result
 
 
@@ -53,28 +54,31 @@ def train(config: Config) -> str:
 
 
 def _train(config: Config) -> str:
-    opened = open_run(config)
-    if warning := step_size_warning(opened.config):
+    unrecorded = check_run(config)
+    if warning := step_size_warning(unrecorded.config):
         print(f"warning: {warning}")
-    with _final_status(opened.mlflow):
-        result = read_result(opened.directory)
-        if result is None or result["step"] < opened.config.train.steps or _awaits_evaluation(opened):
-            _run(opened)
-            result = read_result(opened.directory)
+    with _recorded(unrecorded) as opening:
+        result = read_result(unrecorded.directory)
+        if result is None or result["step"] < unrecorded.config.train.steps or _awaits_evaluation(unrecorded):
+            _run(unrecorded.config.launch.launcher, opening)
+            result = read_result(unrecorded.directory)
             assert result is not None
+        opened = opening.result()
         if mirror := build_mirror(opened):
             mirror.complete()
     return _closing_report(opened, result)
 
 
-def _run(opened: OpenRun) -> None:
-    if opened.config.launch.launcher == "local":
-        local.train(opened)
+def _run(launcher: str, opening: Future[OpenRun]) -> None:
+    if launcher == "local":
+        local.train(opening.result())
         return
-    from eqm_dist.launch import ray_cluster, ray_train  # a local run works without Ray
+    from eqm_dist.launch import ray_cluster  # a local run works without Ray
 
     with ray_cluster.cluster():
-        ray_train.train(opened)
+        from eqm_dist.launch import ray_train  # while MLflow is opened, and Ray's daemons settle
+
+        ray_train.train(opening.result())
 
 
 def _awaits_evaluation(opened: OpenRun) -> bool:
@@ -84,18 +88,23 @@ def _awaits_evaluation(opened: OpenRun) -> bool:
 
 
 @contextmanager
-def _final_status(mlflow: MlflowRun | None) -> Iterator[None]:
-    """Leave the MLflow run with the status of how the work inside ended."""
+def _recorded(opened: OpenRun) -> Iterator[Future[OpenRun]]:
+    """The run with its record, which is opened in the background, for that takes as long as the start of a cluster.
+
+    The MLflow run is left with the status of how the work inside ended.
+    """
     status = "FAILED"
-    try:
-        yield
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        if mlflow is not None:
-            close_run(mlflow, status)
+    with ThreadPoolExecutor(1, thread_name_prefix="record") as thread:
+        opening = thread.submit(open_record, opened)
+        try:
+            yield opening
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            if (mlflow := opening.result().mlflow) is not None:
+                close_run(mlflow, status)
 
 
 def _closing_report(opened: OpenRun, result: dict[str, Any]) -> str:

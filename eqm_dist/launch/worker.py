@@ -23,7 +23,10 @@ def run_to_end(opened: OpenRun, run: Run) -> None:
         device = torch.cuda.get_device_name(run.engine.device) if run.engine.device.type == "cuda" else "CPU"
         where = f"{world_size()} worker{'s' * (world_size() > 1)} on {device}"
         begin = f"resumes at step {run.state.step:,}" if run.state.step else "starts"
-        logger.info("run %s %s, %s steps in all, on %s", opened.config.run.name, begin, f"{run.steps:,}", where)
+        logger.info(
+            "run %s %s, %s steps in all, on %s with %s",
+            opened.config.run.name, begin, f"{run.steps:,}", where, run.engine.name,
+        )  # fmt: skip
     started = time.perf_counter()
     try:
         train(run)
@@ -49,6 +52,7 @@ def run_to_end(opened: OpenRun, run: Run) -> None:
                     if "throughput/images_per_s" in line
                 ),
                 "workers": world_size(),
+                "engine": run.engine.name,
                 "last_attempt_s": time.perf_counter() - started,
                 "config": dump(opened.config),
             },

@@ -278,9 +278,18 @@ class MlflowTracker:
     step that an earlier attempt has sent already is not sent twice. Where the run was deleted, nothing more is sent.
     """
 
-    def __init__(self, run: MlflowRun, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
-        """``earlier``: the lines of metrics.jsonl; what a killed attempt wrote there but had not sent is sent now."""
+    def __init__(
+        self, run: MlflowRun, earlier: Iterable[Mapping[str, Any]] = (), tags: Mapping[str, str] | None = None
+    ) -> None:
+        """Begin where the record ends.
+
+        Args:
+            run: where to log.
+            earlier: the lines of metrics.jsonl; what a killed attempt wrote there but had not sent is sent now.
+            tags: of the run from here on, which go with the first metrics.
+        """
         self._run = run
+        self._tags = dict(tags or {})
         self._last_sent: dict[str, int] = {}
         self._jobs: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
         for line in earlier:
@@ -312,9 +321,10 @@ class MlflowTracker:
             logger.warning("warning: MLflow did not take the last metrics; metrics.jsonl has them all.")
 
     def _send(self) -> None:
+        job = self._jobs.get()  # before anything of MLflow is imported: the first step does not wait for that
         monitor = self._start_system_metrics()
         away = False
-        while (job := self._jobs.get()) is not None:
+        while job is not None:
             while True:
                 try:
                     with _answers(self._run.tracking_uri, self._run.timeout_s) as client:
@@ -333,6 +343,7 @@ class MlflowTracker:
                     logger.info("MLflow answers again, and has what it missed")
                 away = False
                 break
+            job = self._jobs.get()
         monitor.finish()
 
     def _start_system_metrics(self) -> Any:
@@ -348,6 +359,9 @@ class MlflowTracker:
     def _send_metrics(self, client: Any, timestamp_ms: int, step: int, metrics: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
+        for tag, value in self._tags.items():
+            client.set_tag(self._run.run_id, tag, value)
+        self._tags = {}
         new = []
         for key, value in metrics.items():
             if key not in self._last_sent:

@@ -13,7 +13,6 @@ holds (docs/decisions/0004).
 import hashlib
 import logging
 import math
-import os
 import re
 import shutil
 from collections import defaultdict
@@ -30,13 +29,12 @@ from torch import Tensor
 
 from eqm_dist.documents import mapping_from_json, read_bounded
 from eqm_dist.errors import CheckpointError, DamagedCheckpointError
-from eqm_dist.run_directory import CONFIG_FILE, step_in, step_name
+from eqm_dist.run_directory import CONFIG_FILE, MARKER, checkpoints_in, step_in, step_name, whole_checkpoints
 from eqm_dist.train.distributed import all_reduce_sum, from_rank_zero, gather_objects, rank, world_size
 from eqm_dist.train.engine import Engine, Fragment
 from eqm_dist.train.state import TrainState
 
 FORMAT = 1
-MARKER = "COMPLETE.json"
 EMA_FILE = "ema.safetensors"
 FILE = re.compile(rf"state-\d{{4,9}}-of-\d{{4,9}}\.safetensors|{re.escape(EMA_FILE)}|{re.escape(CONFIG_FILE)}")
 """What a marker may list."""
@@ -90,12 +88,11 @@ class Checkpoints:
 
     def whole(self) -> list[Path]:
         """All whole checkpoints, oldest first. Only the marker counts, and the name, which is one of ours."""
-        found = self._own()
-        return [found[step] for step in sorted(found) if (found[step] / MARKER).exists()]
+        return list(whole_checkpoints(self.directory).values())
 
     def steps(self) -> list[int]:
         """The steps of all whole checkpoints, in order."""
-        return [step_of(path.name) for path in self.whole()]
+        return list(whole_checkpoints(self.directory))
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint."""
@@ -171,16 +168,9 @@ class Checkpoints:
     def retire(self) -> None:
         """Remove the checkpoints that are not to be kept, and what killed saves and removals left behind."""
         kept = self.kept(self.steps())
-        for step, path in self._own().items():
+        for step, path in checkpoints_in(self.directory).items():
             if step not in kept:
                 remove(path)
-
-    def _own(self) -> dict[int, Path]:
-        """What lies here under a name of a checkpoint, by step. Copies that a user made have other names."""
-        with suppress(FileNotFoundError, NotADirectoryError):
-            names = {step_in(name): name for name in os.listdir(self.directory)}
-            return {step: self.directory / name for step, name in names.items() if step is not None}
-        return {}
 
 
 def remove(checkpoint: Path) -> None:

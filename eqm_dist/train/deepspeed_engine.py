@@ -142,7 +142,12 @@ class DeepSpeedEngine:
         self._zero: Any = zero
         optimizer.initialize_state(self._flat_weights())
 
-    def losses(self, batch: Batch) -> Tensor:
+    @property
+    def name(self) -> str:
+        """With its stage."""
+        return f"DeepSpeed ZeRO-{self._stage}"
+
+    def losses(self, batch: Batch, last: bool = True) -> Tensor:
         """The wrapped module."""
         return self._engine(batch)
 

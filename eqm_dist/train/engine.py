@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from eqm_dist.data.loader import Batch
 from eqm_dist.precision import Precision
-from eqm_dist.train.distributed import all_reduce_sum, from_rank_zero_in_place
+from eqm_dist.train.distributed import all_reduce_sum, from_rank_zero_in_place, world_size
 from eqm_dist.train.optimizer import EmaAdamW
 from eqm_dist.train.step import ModelWithLoss
 
@@ -53,12 +55,17 @@ class Engine(Protocol):
     frozen: dict[str, Tensor]
     """The parameters that are not trained, in host memory."""
 
-    def losses(self, batch: Batch) -> Tensor:
-        """Loss of each sample [n], ready for ``backward``."""
+    @property
+    def name(self) -> str:
+        """As a user knows it."""
+        ...
+
+    def losses(self, batch: Batch, last: bool = True) -> Tensor:
+        """Loss of each sample [n], ready for ``backward``; ``last`` marks the last micro-batch of the step."""
         ...
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of this rank's share of the loss; ``last`` marks the last micro-batch of the step."""
+        """Add the gradient of this rank's share of the loss; ``last`` as in ``losses``."""
         ...
 
     def step(self, learning_rate: float, accepts: Accepts | None = None, observe: Observe | None = None) -> Tensor:
@@ -81,10 +88,30 @@ class Engine(Protocol):
         ...
 
 
+def _sum_over_ranks(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """What becomes of a bucket of gradients; torch's own would make a mean of it."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda done: done.value()[0])
+
+
 class TorchEngine:
-    """Weights and states on every rank, gradients summed over ranks: the twin that DeepSpeed is checked against."""
+    """Weights and states on every rank, gradients summed over ranks: the twin that DeepSpeed is checked against.
+
+    Several ranks begin with rank 0's weights, for initial ones may differ in a last bit between kinds of machine, and
+    torch's ``DistributedDataParallel`` sums their gradients bucket by bucket while the backward pass goes on.
+
+    Args:
+        module: with the model.
+        optimizer: of its parameters.
+        device: where they are.
+        precision: of the forward and backward pass.
+        gradient_clip: largest norm of the gradient.
+        overlap: False: sum after the backward pass, each parameter by itself.
+    """
 
     replicated = True
+    name = "the plain engine"
 
     def __init__(
         self,
@@ -94,29 +121,38 @@ class TorchEngine:
         device: torch.device,
         precision: Precision = "fp32",
         gradient_clip: float | None = None,
+        overlap: bool = True,
     ) -> None:
         self.device = device
-        self._module = module
+        self._module: nn.Module = module
         self._optimizer = optimizer
         self._clip = gradient_clip
         self._bf16 = precision == "bf16"
         self._parameters = module.trained_parameters()
         self.shapes: dict[str, torch.Size] = {name: param.shape for name, param in self._parameters.items()}
-        # Initial weights may differ in a last bit between kinds of machine.
-        for tensor in (*module.parameters(), *module.buffers()):
-            from_rank_zero_in_place(tensor.detach())
+        self._reducer: DistributedDataParallel | None = None
+        if overlap and world_size() > 1:
+            self._module = self._reducer = DistributedDataParallel(
+                module, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+            self._reducer.register_comm_hook(None, _sum_over_ranks)
+        else:
+            for tensor in (*module.parameters(), *module.buffers()):
+                from_rank_zero_in_place(tensor.detach())
         self.frozen = module.frozen_parameters()
         optimizer.initialize_state(self._parameters.values())
 
-    def losses(self, batch: Batch) -> Tensor:
+    def losses(self, batch: Batch, last: bool = True) -> Tensor:
         """Under bf16 autocast if so configured."""
+        if self._reducer is not None:
+            self._reducer.require_backward_grad_sync = last  # what its ``no_sync`` sets, around both passes
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
             return self._module(batch)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Accumulate locally; after the last micro-batch, sum over ranks."""
+        """Accumulate locally; with the last micro-batch, sum over ranks."""
         loss.backward()
-        if last:
+        if last and self._reducer is None:
             for param in self._parameters.values():
                 if param.grad is None:
                     param.grad = torch.zeros_like(param)

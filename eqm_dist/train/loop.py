@@ -195,10 +195,11 @@ def _update(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
     total = torch.zeros((), device=device)
     micro_batches = batch.to(device).split(run.grad_accum)
     for index, micro_batch in enumerate(micro_batches):
-        share = run.engine.losses(micro_batch).sum() / run.global_batch
+        last = index == len(micro_batches) - 1
+        share = run.engine.losses(micro_batch, last).sum() / run.global_batch
         # A loss that overflows may leave its gradient finite on this rank: then all must see that it is not.
         share = share * torch.where(share.detach().isfinite(), 1.0, torch.nan)
-        run.engine.backward(share, last=index == len(micro_batches) - 1)
+        run.engine.backward(share, last)
         total += share.detach()
     run.saver.wait_copied()
     run.join()
