@@ -321,12 +321,12 @@ class Loader:
         positions = np.arange(*self._range(step), dtype=np.int64)
         _, indices = self._order.samples(positions)
         shape = (len(indices), *self._reader.manifest.moments_shape)
-        dtype = torch.from_numpy(np.empty(0, self._reader.dtype)).dtype if self._pin_memory else torch.float32
+        dtype = torch.from_numpy(np.empty(0, self._reader.dtype)).dtype
         moments = torch.empty(shape, dtype=dtype, pin_memory=self._pin_memory)
         labels = self._reader.read_into(moments.numpy(), indices)
         if self._pin_memory:
             return Batch(torch.from_numpy(positions).pin_memory(), moments, labels.pin_memory())
-        return Batch(torch.from_numpy(positions), moments, labels)
+        return Batch(torch.from_numpy(positions), moments.float(), labels)
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """The batches of the steps [first_step, last_step), made ahead of need in background threads.
