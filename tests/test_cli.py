@@ -213,7 +213,7 @@ def test_dry_run_of_the_largest_preset_prints_its_numbers(tmp_path: Path) -> Non
         "steps": "7,005,600",  # 1,400 epochs of floor(1,281,167 / 256) steps
         "images": f"{7_005_600 * 256:,}",
         "checkpoint": f"{saved:,} bytes ({saved / 2**30:.2f} GiB), 3 kept",
-        "model state": f"{24 * trained:,} bytes ({24 * trained / 2**30:.2f} GiB) on each of 1 worker, ZeRO 1",
+        "model state": f"{20 * trained:,} bytes ({20 * trained / 2**30:.2f} GiB) on each of 1 worker, plain",
         "training cost": "711.729 GFLOP per image (118.621 GMAC forward)",
         "run directory": str(tmp_path / "runs" / "eqm-xl2"),
         "largest stable step": "0.1 (plain descent near data; sampler.step_size)",
