@@ -42,7 +42,7 @@ class Setbacks:
         limit: failures in a row that are borne; -1 any number.
     """
 
-    def __init__(self, checkpoints: Checkpoints, limit: int) -> None:
+    def __init__(self, checkpoints: Checkpoints[Any], limit: int) -> None:
         self._checkpoints, self._limit = checkpoints, limit
         self._count, self._step = 0, -1
 

@@ -1,16 +1,16 @@
 """From a location to the folder that it names, and from a name in it to a file that is whole and here."""
 
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from eqm_dist.storage.files import storage_errors
 from eqm_dist.storage.folder import Folder, LocalFolder
-from eqm_dist.storage.location import DEADLINE_S, is_remote
+from eqm_dist.storage.location import DEADLINE_S, S3Path, is_remote
 from eqm_dist.storage.s3 import S3Folder
 
 
-def open_folder(location: str | Path, *, deadline_s: float | None = None) -> Folder:
+def open_folder(location: str | Path | PurePosixPath, *, deadline_s: float | None = None) -> Folder:
     """The local directory or s3:// prefix that ``location`` names; it need not exist.
 
     Args:
@@ -23,7 +23,12 @@ def open_folder(location: str | Path, *, deadline_s: float | None = None) -> Fol
         StorageError: S3 is not configured.
     """
     if not is_remote(location):
-        return LocalFolder(location)
+        return LocalFolder(str(location))
+    return S3Folder(str(location), DEADLINE_S if deadline_s is None else deadline_s)
+
+
+def open_s3(location: S3Path, *, deadline_s: float | None = None) -> S3Folder:
+    """As ``open_folder``, where only S3 will do."""
     return S3Folder(str(location), DEADLINE_S if deadline_s is None else deadline_s)
 
 
