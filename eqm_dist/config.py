@@ -35,7 +35,7 @@ from eqm_dist.options import (
     settle,
     shown,
 )
-from eqm_dist.storage.location import DEADLINE_S
+from eqm_dist.storage.location import DEADLINE_S, RUN_DEADLINE_S
 
 Positive = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -45,8 +45,6 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 S3, MIRROR, ROOT = "shards on s3://", "a mirror on s3://", "a run.root on s3://"
-RUN_DEADLINE_S = 120.0
-"""Longer than an endpoint takes to come back that was restarted."""
 
 
 class RunConfig(Section):

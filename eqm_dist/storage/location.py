@@ -10,6 +10,8 @@ MOST_BYTES, MOST_NAME_BYTES = 4095, 255
 """Of a path and of each name in it, on Linux."""
 DEADLINE_S = 60.0
 """Seconds without a byte of progress after which S3 is given up, where nobody says otherwise."""
+RUN_DEADLINE_S = 120.0
+"""The same for a run on S3: longer than an endpoint takes to come back that was restarted."""
 
 
 def local_path(location: str | Path) -> Path:

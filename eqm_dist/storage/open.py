@@ -6,7 +6,7 @@ from typing import BinaryIO
 
 from eqm_dist.storage.files import storage_errors
 from eqm_dist.storage.folder import Folder, LocalFolder
-from eqm_dist.storage.location import DEADLINE_S, S3Path, is_remote
+from eqm_dist.storage.location import DEADLINE_S, RUN_DEADLINE_S, S3Path, is_remote
 from eqm_dist.storage.s3 import S3Folder
 
 
@@ -28,8 +28,8 @@ def open_folder(location: str | Path | PurePosixPath, *, deadline_s: float | Non
 
 
 def open_s3(location: S3Path, *, deadline_s: float | None = None) -> S3Folder:
-    """As ``open_folder``, where only S3 will do."""
-    return S3Folder(str(location), DEADLINE_S if deadline_s is None else deadline_s)
+    """As ``open_folder``, for a run on S3; by default within ``RUN_DEADLINE_S``."""
+    return S3Folder(str(location), RUN_DEADLINE_S if deadline_s is None else deadline_s)
 
 
 def open_whole(folder: Folder, name: str) -> BinaryIO:

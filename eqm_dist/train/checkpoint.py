@@ -34,7 +34,8 @@ from torch import Tensor
 from eqm_dist.documents import MOST_BYTES, mapping_from_json, read_bounded
 from eqm_dist.errors import CheckpointError, DamagedCheckpointError, EqmDistError, StorageError
 from eqm_dist.run_directory import CONFIG_FILE, step_in, step_name
-from eqm_dist.storage.location import Location, S3Path
+from eqm_dist.storage.folder import Folder
+from eqm_dist.storage.location import RUN_DEADLINE_S, Location, S3Path
 from eqm_dist.storage.open import open_folder, open_s3
 from eqm_dist.train.distributed import all_reduce_sum, from_rank_zero, gather_objects, rank, world_size
 from eqm_dist.train.engine import Engine, Fragment
@@ -109,7 +110,7 @@ class Checkpoints(Generic[P]):
         paths = [found[step] for step in sorted(found)]
         if isinstance(self.directory, Path):
             return [path for path in paths if Path(path / MARKER).exists()]
-        folder = open_folder(self.directory)
+        folder = _folder(self.directory)
         with ThreadPoolExecutor(REQUESTS, thread_name_prefix="markers") as threads:
             marked = threads.map(lambda path: folder.size(f"{path.name}/{MARKER}") is not None, paths)
             return [path for path, whole in zip(paths, marked, strict=True) if whole]
@@ -201,7 +202,7 @@ class Checkpoints(Generic[P]):
         """What lies here under a name of a checkpoint, by step. Copies that a user made have other names."""
         with suppress(FileNotFoundError, NotADirectoryError):
             here = isinstance(self.directory, Path)
-            names = os.listdir(self.directory) if here else open_folder(self.directory).folders()
+            names = os.listdir(self.directory) if here else _folder(self.directory).folders()
             return {step: self.path(step) for name in names if (step := step_in(name)) is not None}
         return {}
 
@@ -269,8 +270,12 @@ def read_marker(path: Location) -> dict[str, Any]:
     return parse_marker(content, path)
 
 
+def _folder(location: Location) -> Folder:
+    return open_folder(location, deadline_s=RUN_DEADLINE_S)
+
+
 def _remote_marker(path: Location) -> bytes:
-    folder = open_folder(path)
+    folder = _folder(path)
     if folder.size(MARKER) is None:
         raise FileNotFoundError
     return folder.read(MARKER, 0, MOST_BYTES)
@@ -339,7 +344,7 @@ def verify_file(path: Location, name: str, marker: Mapping[str, Any]) -> None:
 
 
 def _remote_digest(path: Location, name: str) -> str:
-    folder, digest = open_folder(path), hashlib.sha256()
+    folder, digest = _folder(path), hashlib.sha256()
     if folder.size(name) is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     folder.download(name, cast("BinaryIO", _Sink(digest.update)))
@@ -430,7 +435,7 @@ def _check_listing(path: str | Location, files: Collection[str]) -> None:
 def _check_files(path: Location, marker: Mapping[str, Any]) -> None:
     """Every file that makes a checkpoint whole is there, and has its size."""
     files = marker["files"]
-    sizes = {} if isinstance(path, Path) else open_folder(path).list()
+    sizes = {} if isinstance(path, Path) else _folder(path).list()
     for name in sorted(files):
         try:
             if not isinstance(path, Path) and name not in sizes:
@@ -489,7 +494,7 @@ def read_pieces(path: Location, files: Iterable[str]) -> "defaultdict[tuple[str,
 def _slices(path: Location, file: str) -> Mapping[str, Any]:
     """The tensors of a safetensors file by name, of which only what is asked for is read."""
     if not isinstance(path, Path):
-        return read_header(open_folder(path), file)
+        return read_header(_folder(path), file)
     reader = safe_open(path / file, framework="pt")
     return {key: reader.get_slice(key) for key in reader.keys()}  # noqa: SIM118 (a reader is not a mapping)
 
@@ -531,7 +536,7 @@ def read_ema(path: Location) -> dict[str, Tensor]:
     """
     if isinstance(path, Path):
         return load_file(path / EMA_FILE)
-    return load(open_folder(path).read(EMA_FILE))
+    return load(_folder(path).read(EMA_FILE))
 
 
 def _restore(path: Location, engine: Engine) -> TrainState:
@@ -583,12 +588,12 @@ def _set_aside(path: Location) -> Location:
 
 def _set_aside_remotely(path: S3Path) -> S3Path:
     """S3 has no renaming: copies, which it makes by itself, the marker last."""
-    places = open_folder(path.parent)
+    places = _folder(path.parent)
     taken, name, number = places.folders(), f"damaged-{path.name}", 1
     while name in taken:
         number += 1
         name = f"damaged-{path.name}.{number}"
-    files = sorted(open_folder(path).walk(), key=lambda file: file == MARKER)
+    files = sorted(_folder(path).walk(), key=lambda file: file == MARKER)
     for file in files:
         places.copy(places, f"{path.name}/{file}", f"{name}/{file}")
     clear(path)
