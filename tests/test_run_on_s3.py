@@ -1,10 +1,14 @@
 """A run on S3: the numbers of a local one, whole or absent after any kill, and no disk that is shared."""
 
+import json
 import os
+import random
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -12,21 +16,28 @@ from typing import Any
 import pytest
 import torch
 
+import eqm_dist
+from eqm_dist import inventory
 from eqm_dist.build import OpenRun, build_run
+from eqm_dist.commands import checkpoint as checkpoint_command
 from eqm_dist.errors import LaunchError
 from eqm_dist.launch.shared_root import check_signed, sign
 from eqm_dist.launch.worker import run_to_end
+from eqm_dist.models.weights import read_safetensors
 from eqm_dist.open_run import open_run
 from eqm_dist.options import with_overrides
+from eqm_dist.storage import remote_lease
+from eqm_dist.storage.lease import LEASE_FILE, Holder
 from eqm_dist.storage.location import S3Path
 from eqm_dist.storage.open import open_s3
 from eqm_dist.storage.s3 import LEAST_PART_BYTES
-from eqm_dist.train.checkpoint import MARKER
+from eqm_dist.train.checkpoint import MARKER, step_of
 from eqm_dist.train.distributed import rank
 from eqm_dist.train.reports import Reports
 from tests import s3, tiny
 from tests.distributed import run_ranks
-from tests.test_mirror import files, keys, losses
+from tests.savers import start_savers
+from tests.test_mirror import Gate, files, keys, losses
 
 
 @pytest.fixture(scope="module")
@@ -232,3 +243,118 @@ def test_what_is_new_of_a_long_file_is_all_that_moves(
         metrics.unlink()
         reports.put()
         assert open_s3(place).size("metrics.jsonl") is None
+
+
+# --- readers ---
+
+
+def test_commands_read_a_run_from_the_bucket(
+    tmp_path: Path, shards: Path, clean: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3.use(monkeypatch, endpoint)
+    assert tiny.train(*flags("read", tmp_path / "scratch", shards)).code == 0
+    monkeypatch.chdir(tmp_path)
+    url = f"s3://{s3.BUCKET}/read/tiny"
+
+    def checkpoint(*arguments: str) -> tiny.Outcome:
+        return tiny.run(checkpoint_command.start, "pipelines/checkpoint.py", *arguments)
+
+    listed = checkpoint("ls", url)
+    assert [line.split()[:2] for line in listed.out.splitlines()[1:]] == [[step, "whole"] for step in "246"]
+    verified = checkpoint("verify", url, "--all")
+    assert verified.code == 0
+    assert verified.out.count(" is whole: 3 files") == 3
+    assert checkpoint("verify", f"{url}/checkpoints/step_00000002").code == 0
+    assert checkpoint("export", url, "--ema", "none", "--run.root", f"s3://{s3.BUCKET}/read").code == 0
+    assert checkpoint("convert", url, "--out", "found.pt").code == 0
+    found, expected = eqm_dist.load(url), eqm_dist.load(clean)
+    assert found.step == 6
+    assert found.autoencoder_id == "identity"
+    assert all(torch.equal(found.weights[name], values) for name, values in expected.weights.items())
+    whole = read_safetensors(tmp_path / "exports/tiny-step6-weight/model.safetensors")
+    weights = eqm_dist.load(clean, ema="none").weights
+    assert all(torch.equal(whole[name], values) for name, values in weights.items())
+    nothing = checkpoint("verify", f"s3://{s3.BUCKET}/nothing/tiny")
+    assert nothing.code != 0 or "COMPLETE.json" in nothing.out
+
+
+# --- two drivers, and faults ---
+
+
+def test_of_two_drivers_one_has_the_run_and_a_dead_one_loses_it(
+    tmp_path: Path, shards: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3.use(monkeypatch, endpoint)
+    place = S3Path(f"s3://{s3.BUCKET}/held/tiny")
+    with remote_lease.hold_on_s3(place, "The run tiny", "wait"):
+        refused = tiny.train(*flags("held", tmp_path, shards))
+        assert refused.code == 1
+        assert f"The run tiny is held by process {os.getpid()} on" in refused.err
+        assert "choose another --run.name" in refused.err
+    assert open_s3(place).size(LEASE_FILE) is None
+    # A holder elsewhere that gives no sign of life is waited for, one that does is believed.
+    monkeypatch.setattr(remote_lease, "LEASE_S", 1.0)
+    monkeypatch.setattr(remote_lease, "BEAT_S", 0.2)
+    elsewhere = replace(Holder.of_this_process(), machine="another", host="another")
+    open_s3(place).write(LEASE_FILE, json.dumps({"holder": asdict(elsewhere), "number": 3}).encode())
+    with remote_lease.hold_on_s3(place, "The run tiny", "wait"):
+        holder = replace(elsewhere, id="other")
+        living = json.dumps({"holder": asdict(holder), "number": 1}).encode()
+        before = open_s3(place).versioned(LEASE_FILE)
+        assert before is not None
+        assert open_s3(place).write_if(LEASE_FILE, living, None) is None  # there is one
+        assert open_s3(place).write_if(LEASE_FILE, living, '"0"') is None  # it has changed
+
+
+def test_saves_that_fail_end_the_run_in_one_sentence_and_what_was_saved_stays(
+    tmp_path: Path, shards: Path, clean: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that takes no checkpoint after the second step, by any number of tries."""
+    late = [f"step_{step:08d}" for step in (4, 6)]
+    with Gate(endpoint, lambda request: request.startswith("PUT") and any(name in request for name in late)) as gate:
+        s3.use(monkeypatch, gate.endpoint)
+        failed = tiny.train(*flags("failing", tmp_path / "one", shards, **{"run.deadline_s": 1}))
+    assert failed.code == 1
+    assert "Training goes on, and the next checkpoint is tried" in failed.out
+    assert failed.err.count("\n") == 1
+    assert f"the last good checkpoint is s3://{s3.BUCKET}/failing/tiny/checkpoints/step_00000002" in failed.err
+    s3.use(monkeypatch, endpoint)
+    again = tiny.train(*flags("failing", tmp_path / "two", shards))
+    assert again.code == 0, again.err
+    assert "resumes at step 2" in again.out
+    assert losses(stored(endpoint, "failing", tmp_path / "found") / "tiny") == losses(clean)
+
+
+def test_a_bucket_that_is_gone_is_one_sentence(
+    tmp_path: Path, shards: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3.use(monkeypatch, endpoint)
+    arguments = flags("any", tmp_path, shards)
+    refused = tiny.train(*(argument.replace(s3.BUCKET, "no-such-bucket") for argument in arguments))
+    assert refused.code == 1
+    assert refused.err.count("\n") == 1
+    assert "check the name, the credentials and their rights" in refused.err
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.timeout(900)
+def test_a_kill_at_any_instant_of_a_commit_leaves_a_whole_checkpoint(
+    tmp_path: Path, shards: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3.use(monkeypatch, endpoint)
+    draws, newest = random.Random(50), 0
+    on_s3 = {"run.root": f"s3://{s3.BUCKET}/kills", "run.scratch": str(tmp_path / "scratch"), "train.steps": 10**6}
+    opened = open_run(tiny.config(Path(), shards, **on_s3, **{"checkpoint.every": 1, "optimizer.schedule": "constant"}))
+    for number in range(50):
+        (tmp_path / str(number)).mkdir()
+        ranks = start_savers(1, opened, tmp_path / str(number), s3.environment(endpoint))
+        time.sleep(draws.uniform(0.0, 0.4))
+        ranks[0].kill()
+        ranks[0].join()
+        latest = opened.checkpoints.latest()
+        if latest is not None:
+            inventory.verify(latest)
+            assert step_of(latest.name) >= newest
+            newest = step_of(latest.name)
+    assert newest > 20

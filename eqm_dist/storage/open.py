@@ -1,12 +1,13 @@
 """From a location to the folder that it names, and from a name in it to a file that is whole and here."""
 
+import functools
 import tempfile
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from eqm_dist.storage.files import storage_errors
 from eqm_dist.storage.folder import Folder, LocalFolder
-from eqm_dist.storage.location import DEADLINE_S, RUN_DEADLINE_S, S3Path, is_remote
+from eqm_dist.storage.location import DEADLINE_S, RUN_DEADLINE_S, Location, S3Path, is_remote
 from eqm_dist.storage.s3 import S3Folder
 
 
@@ -49,3 +50,26 @@ def open_whole(folder: Folder, name: str) -> BinaryIO:
             file.close()
             raise
         return file
+
+
+def local_copy(place: Location, name: str) -> Path:
+    """A file of a place as a path of this machine: itself, or a copy that goes with this process; absent if it is.
+
+    Raises:
+        StorageError: it cannot be read, or there is no room for the copy.
+    """
+    if isinstance(place, Path):
+        return place / name
+    path = Path(_copies().name, *place.parts[1:], name)
+    folder = open_s3(place)
+    if folder.size(name) is not None:
+        with storage_errors("write", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                folder.download(name, file)
+    return path
+
+
+@functools.cache
+def _copies() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix="eqm-dist-")
