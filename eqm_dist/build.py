@@ -6,6 +6,7 @@
 import logging
 import math
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -59,6 +60,7 @@ from eqm_dist.models.sizes import forward_macs, training_flops_per_image
 from eqm_dist.options import required, to_yaml
 from eqm_dist.precision import Precision, computed_in, in_effect, set_products, with_products
 from eqm_dist.run_directory import ATTEMPTS_FILE, CHECKPOINTS, EVALUATIONS, METRICS_FILE, SAMPLES
+from eqm_dist.storage.location import Location, S3Path, to_location
 from eqm_dist.track.attempts import Attempts, CountingTracker
 from eqm_dist.track.composite import CompositeTracker
 from eqm_dist.track.jsonl import JsonlTracker, read_metrics
@@ -73,6 +75,7 @@ from eqm_dist.train.loop import Run
 from eqm_dist.train.meters import peak_flops
 from eqm_dist.train.mirror import Mirror
 from eqm_dist.train.optimizer import EmaAdamW, ema_key
+from eqm_dist.train.reports import Reports
 from eqm_dist.train.saving import Saver
 from eqm_dist.train.schedule import LearningRateSchedule
 from eqm_dist.train.step import BatchLoss, ModelWithLoss, draw_batch
@@ -86,7 +89,7 @@ class OpenRun:
 
     Attributes:
         config: with absolute paths; what the workers get.
-        directory: the run directory.
+        directory: the run directory; of a run on S3, where this machine works for it.
         mlflow: where it is recorded, or None.
     """
 
@@ -95,12 +98,24 @@ class OpenRun:
     mlflow: MlflowRun | None
 
     @cached_property
+    def place(self) -> Location:
+        """Where the run lies for good: the run directory, or its prefix on S3."""
+        run = self.config.run
+        return to_location(required(run.root)) / run.name if run.remote else self.directory
+
+    @cached_property
+    def reports(self) -> Reports | None:
+        """What brings the reports of a run on S3 there; None where the run directory is no other."""
+        place = self.place
+        return Reports(self.directory, place, self.config.run.deadline_s) if isinstance(place, S3Path) else None
+
+    @cached_property
     def evaluations(self) -> Evaluations:
         """The results of its evaluations, and which steps are due."""
         return Evaluations(self.directory / EVALUATIONS, self.config.evaluation.every, self.config.train.steps)
 
     @cached_property
-    def checkpoints(self) -> Checkpoints:
+    def checkpoints(self) -> Checkpoints[Any]:
         """Its checkpoints, with the rules that say which of them are kept."""
         settings, evaluations = self.config.checkpoint, self.evaluations
         rules: dict[str, Rule] = {"best": lambda steps: evaluations.best(steps, settings.keep_best)}
@@ -109,11 +124,11 @@ class OpenRun:
             rules[f"every {multiple}"] = lambda steps: [step for step in steps if step % multiple == 0]
         if self.config.evaluation.asynchronous:
             rules["to be evaluated"] = evaluations.awaited
-        return Checkpoints(self.directory / CHECKPOINTS, settings.keep, rules)
+        return Checkpoints(self.place / CHECKPOINTS, settings.keep, rules)
 
 
 def build_run(
-    opened: OpenRun, device: torch.device, on_checkpoint: Callable[[Path, int], None] = lambda path, step: None
+    opened: OpenRun, device: torch.device, on_checkpoint: Callable[[Any, int], None] = lambda path, step: None
 ) -> Run:
     """All parts of a run on this worker, resumed from its newest checkpoint if it has one. A collective.
 
@@ -154,6 +169,9 @@ def build_run(
     state = opened.checkpoints.resume(engine)
     if rank() == 0:
         opened.evaluations.restart(state.step)
+        # Checkpoints that a killed save began on this machine are of no use to anybody.
+        if config.run.remote:
+            shutil.rmtree(opened.directory / CHECKPOINTS, ignore_errors=True)
     mirror = build_mirror(opened) if rank() == 0 else None
     ema_state = ema_key(config.optimizer.ema_decays[0])
 
@@ -181,8 +199,12 @@ def build_run(
             ema_state=ema_state,
             config=to_yaml(config),
             max_failed=config.checkpoint.max_failed_saves,
+            staging=opened.directory / CHECKPOINTS if config.run.remote else None,
+            deadline_s=config.run.deadline_s,
             on_checkpoint=on_checkpoint,
-            **({"on_whole": mirror.copy} if mirror else {}),
+            # Who resumes from a checkpoint finds the metrics up to there.
+            before_marker=opened.reports.put if opened.reports else lambda: None,
+            on_whole=mirror.copy if mirror else lambda path: None,
         ),
         evaluate=build_evaluator(config, opened.directory, reader, device)
         # A mixture is not evaluated, and what is evaluated asynchronously not here.

@@ -35,7 +35,7 @@ from eqm_dist.options import (
     settle,
     shown,
 )
-from eqm_dist.storage.location import DEADLINE_S
+from eqm_dist.storage.location import DEADLINE_S, RUN_DEADLINE_S
 
 Positive = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -44,24 +44,40 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+S3, MIRROR, ROOT = "shards on s3://", "a mirror on s3://", "a run.root on s3://"
+
+
 class RunConfig(Section):
     """Which run this is. The same name in the same root is the same run: starting it again resumes it."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = "digits"
     """Name of the run; also the name of its directory."""
     root: Annotated[str | None, Resumable, Place] = None
-    """Directory that holds all runs. Default: runs/ here, or ~/eqm-dist-runs inside a submitted Ray job."""
+    """Directory or s3:// prefix that holds all runs. Default: runs/ here, or ~/eqm-dist-runs in a submitted Ray job."""
+    scratch: Annotated[
+        Annotated[str, Field(min_length=1)] | None,
+        Place,
+        Resumable,
+        Only("remote", (True,), "~/.cache/eqm-dist-runs", words=ROOT, by=("root",)),
+    ] = None
+    """Directory of each host for what is on its way to s3://; needs room for one checkpoint."""
+    deadline_s: Annotated[
+        Positive | None, Resumable, Only("remote", (True,), RUN_DEADLINE_S, words=ROOT, by=("root",))
+    ] = None
+    """Seconds for which s3:// may fail or stall before a save is given up."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed of everything random: order, noise, gamma, label dropout, initial weights."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether runs lie on S3."""
+        return (self.root or "").startswith("s3://")
 
     @model_validator(mode="after")
     def _name_is_free(self) -> Self:
         if self.name in ("data", "mlflow-artifacts", "mlflow.db", "mlflow.db.lock"):
             raise ValueError(f"name {self.name} is taken by what all runs share; choose another")
         return self
-
-
-S3, MIRROR = "shards on s3://", "a mirror on s3://"
 
 
 class MixConfig(Section):
@@ -676,6 +692,16 @@ class Config(Section):
             raise ValueError(
                 f"latents must have a side that is a multiple of model.patch_size={self.model.patch_size},"
                 f" got data.latent_shape={list(self.data.latent_shape)}; choose another patch_size"
+            )
+        if self.run.remote and self.checkpoint.mirror is not None:
+            raise ValueError(
+                f"checkpoint.mirror has no effect with run.root={self.run.root}, for the run is on S3 already; leave it"
+                " out"
+            )
+        if self.run.remote and self.evaluation.asynchronous:
+            raise ValueError(
+                "evaluation.asynchronous cannot be with a run.root on s3:// yet; set evaluation.asynchronous=false, or"
+                " use a run.root that all hosts share"
             )
         if self.objective.energy == "l2" and self.model.zero_init:
             raise ValueError(

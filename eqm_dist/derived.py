@@ -1,7 +1,6 @@
 """What a config amounts to before anything is made of it: counts, bytes, operations, the largest stable step."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from eqm_dist.build import decay_and_path, shape_arguments
 from eqm_dist.config import Config
@@ -9,7 +8,8 @@ from eqm_dist.core.corruption import SelfStoppingPath
 from eqm_dist.core.decay import divergence_bound
 from eqm_dist.models.sizes import forward_macs, parameter_count, training_flops_per_image
 from eqm_dist.options import required
-from eqm_dist.runs import runs_root
+from eqm_dist.runs import runs_location
+from eqm_dist.storage.location import Location
 from eqm_dist.train.memory import model_state_bytes
 
 
@@ -40,7 +40,7 @@ class Derived:
     engine: str
     training_flops: float
     forward_macs: int
-    directory: Path
+    directory: Location
     largest_stable_step: float | None
 
 
@@ -67,7 +67,7 @@ def derive(config: Config) -> Derived:
         engine="plain" if stage is None else f"ZeRO {stage}",
         training_flops=training_flops_per_image(macs),
         forward_macs=macs,
-        directory=runs_root(config.run.root) / config.run.name,
+        directory=runs_location(config.run.root) / config.run.name,
         largest_stable_step=step_size_bound(config),
     )
 

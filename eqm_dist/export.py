@@ -25,6 +25,7 @@ from eqm_dist.pretrained import DESCRIPTION_FILE, WEIGHTS_FILE, Pretrained
 from eqm_dist.provenance import provenance
 from eqm_dist.run_directory import CONFIG_FILE, MANIFEST_FILE, METRICS_FILE, SAMPLES, picture_name
 from eqm_dist.storage.files import atomic_write, storage_errors
+from eqm_dist.storage.open import local_copy, open_folder
 from eqm_dist.track.jsonl import read_metrics
 from eqm_dist.train.engine import WEIGHT
 
@@ -124,19 +125,19 @@ def _metrics(model: Pretrained) -> dict[str, float]:
     """What the run measured at that very step."""
     if model.run is None:
         return {}
-    lines = (line for line in read_metrics(model.run / METRICS_FILE) if line.get("step") == model.step)
+    lines = (line for line in read_metrics(local_copy(model.run, METRICS_FILE)) if line.get("step") == model.step)
     return {name: value for line in lines for name, value in line.items() if name.startswith("eval/")}
 
 
 def _data(model: Pretrained) -> dict[str, Any]:
-    if model.run is None or not (model.run / MANIFEST_FILE).exists():
+    if model.run is None or open_folder(model.run).size(MANIFEST_FILE) is None:
         return {}
-    manifest = read_manifest(model.run)
+    manifest = read_manifest(open_folder(model.run))
     return {"data": f"{manifest.source}: {manifest.num_samples:,} samples"}
 
 
 def _picture(model: Pretrained) -> Path | None:
     if model.run is None or model.step is None:
         return None
-    picture = model.run / SAMPLES / picture_name("samples", model.step)
+    picture = local_copy(model.run, f"{SAMPLES}/{picture_name('samples', model.step)}")
     return picture if picture.is_file() else None

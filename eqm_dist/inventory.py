@@ -1,7 +1,8 @@
 """The checkpoints of a run from outside: which there are, whether they are undamaged, and their weights for others."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from eqm_dist.config import Config, read_config
 from eqm_dist.errors import CheckpointError, ConfigError
 from eqm_dist.run_directory import CHECKPOINTS, CONFIG_FILE, set_aside_step, step_in
 from eqm_dist.storage.files import storage_errors, whole_file
+from eqm_dist.storage.location import Location, S3Path
+from eqm_dist.storage.open import local_copy, open_folder
 from eqm_dist.train.checkpoint import (
     MARKER,
     Checkpoints,
@@ -22,6 +25,7 @@ from eqm_dist.train.checkpoint import (
 )
 from eqm_dist.train.engine import WEIGHT
 from eqm_dist.train.evaluations import SCORE
+from eqm_dist.train.reports import Reports
 
 
 @dataclass(frozen=True)
@@ -48,26 +52,33 @@ class Entry:
     kept: Sequence[str] = ()
 
 
-def entries(run: Path) -> list[Entry]:
+def entries(run: Location) -> list[Entry]:
     """What lies in the checkpoints of a run, by step. Sizes are compared, contents are not: see ``verify``.
 
     Raises:
         ConfigError: ``run`` is not the directory of a run.
+        StorageError: S3 does not answer.
     """
-    opened = OpenRun(_config(run), run, None)
-    kept, results = opened.checkpoints.kept(opened.checkpoints.steps()), opened.evaluations.results()
+    with tempfile.TemporaryDirectory() as scratch:
+        here = run if isinstance(run, Path) else Path(scratch)
+        if isinstance(run, S3Path):
+            Reports(here, run, None).fetch()
+        opened = OpenRun(_config(run), here, None)
+        results = opened.evaluations.results()
+        checkpoints = replace(opened.checkpoints, directory=run / CHECKPOINTS)
+        kept = checkpoints.kept(checkpoints.steps())
     found = []
-    places = [path for path in (run / CHECKPOINTS).iterdir() if path.is_dir()] if (run / CHECKPOINTS).is_dir() else []
-    for path in sorted(places):
-        name, size = path.name, sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-        step = step_in(name)
+    for name in open_folder(run / CHECKPOINTS).folders():
+        path = run / CHECKPOINTS / name
+        sizes = open_folder(path).list()
+        step, size = step_in(name), sum(sizes.values())
         if step is None:
             aside = set_aside_step(name)
             found.append(Entry(name, aside, "your own" if aside is None else "set aside", size))
-        elif not (path / MARKER).exists():
+        elif MARKER not in sizes:
             found.append(Entry(name, step, "unfinished", size))
         else:
-            condition, writers = _condition(path)
+            condition, writers = _condition(path, sizes)
             fid = results.get(step, {}).get("metrics", {}).get(SCORE)
             found.append(Entry(name, step, condition, size, writers, fid, kept.get(step, ())))
     return sorted(found, key=lambda entry: (entry.step is None, entry.step or 0, entry.name))
@@ -89,13 +100,20 @@ def table(found: Sequence[Entry]) -> str:
     )
 
 
-def checkpoints_of(place: Path, every: bool) -> list[Path]:
+def is_run(place: Location) -> bool:
+    """Whether it is a run, and not a checkpoint."""
+    if isinstance(place, Path):
+        return (place / CHECKPOINTS).exists()
+    return bool(open_folder(place / CHECKPOINTS).folders())
+
+
+def checkpoints_of(place: Location, every: bool) -> list[Location]:
     """A checkpoint itself; of a run the newest one that is finished, or every one.
 
     Raises:
         CheckpointError: there is none.
     """
-    if not (place / CHECKPOINTS).exists():
+    if not is_run(place):
         return [place]
     found = Checkpoints(place / CHECKPOINTS, keep=1).whole()
     if not found:
@@ -103,7 +121,7 @@ def checkpoints_of(place: Path, every: bool) -> list[Path]:
     return found if every else found[-1:]
 
 
-def verify(checkpoint: Path) -> str:
+def verify(checkpoint: Location) -> str:
     """Read all of a checkpoint: every file is what its marker says, and the states cover every parameter once.
 
     Returns:
@@ -125,7 +143,7 @@ def verify(checkpoint: Path) -> str:
     )
 
 
-def convert(checkpoint: Path, out: Path) -> Path:
+def convert(checkpoint: Location, out: Path) -> Path:
     """Write weights and first EMA as ``torch.save`` has them in the official code, ``{"model": ..., "ema": ...}``.
 
     Raises:
@@ -140,19 +158,18 @@ def convert(checkpoint: Path, out: Path) -> Path:
     return out
 
 
-def _config(run: Path) -> Config:
-    file = run / CONFIG_FILE
+def _config(run: Location) -> Config:
+    file = local_copy(run, CONFIG_FILE)
     if not file.exists():
         raise ConfigError(f"A run must be a directory with {CONFIG_FILE}, and {run} has none; correct the path.")
     return read_config(file)
 
 
-def _condition(path: Path) -> tuple[str, int]:
+def _condition(path: Location, found: Mapping[str, int]) -> tuple[str, int]:
     """Condition and writers of a checkpoint that has a marker."""
     try:
         files = read_marker(path)["files"]
     except CheckpointError:
         return "damaged", 0
-    found = {file.name: file.stat().st_size for file in path.iterdir()}
     same = all(found.get(name) == record["bytes"] for name, record in files.items())
     return "whole" if same else "damaged", sum(name.startswith("state-") for name in files)

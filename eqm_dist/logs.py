@@ -11,8 +11,10 @@ import threading
 import time
 from pathlib import Path
 
+from eqm_dist.errors import StorageError
 from eqm_dist.redaction import redacted
 from eqm_dist.run_directory import LOGS
+from eqm_dist.storage.folder import Folder
 
 
 class _Formatter(logging.Formatter):
@@ -116,12 +118,17 @@ class Progress:
 
 
 class FileFollower:
-    """Prints what is appended to a file from now on; a context manager, so that the last lines are never missed."""
+    """Prints what is appended to a file from now on; a context manager, so that the last lines are never missed.
 
-    def __init__(self, file: Path, poll_s: float = 0.3) -> None:
-        self._file = file
-        self._poll_s = poll_s
-        self._offset = file.stat().st_size if file.exists() else 0
+    Args:
+        folder: where the file lies.
+        name: of the file, which need not be there yet.
+        poll_s: seconds between two looks.
+    """
+
+    def __init__(self, folder: Folder, name: str, poll_s: float = 0.3) -> None:
+        self._folder, self._name, self._poll_s = folder, name, poll_s
+        self._offset = folder.size(name) or 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="log-follower", daemon=True)
 
@@ -139,11 +146,11 @@ class FileFollower:
             self._show()
 
     def _show(self) -> None:
-        if not self._file.exists():
+        try:
+            size = self._folder.size(self._name) or 0
+            text = self._folder.read(self._name, self._offset, size) if size > self._offset else b""
+        except StorageError:  # who writes it says what is wrong
             return
-        with self._file.open("rb") as file:
-            file.seek(self._offset)
-            text = file.read()
         whole = text[: text.rfind(b"\n") + 1]  # never half a line
         self._offset += len(whole)
         sys.stdout.write(whole.decode(errors="replace"))

@@ -4,6 +4,7 @@ Workers start from the ``OpenRun`` that comes out; nothing here is done twice.
 """
 
 import logging
+import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ import torch
 from eqm_dist.build import OpenRun, build_autoencoder, build_mirror, check_evaluated_samples
 from eqm_dist.config import Config
 from eqm_dist.data.manifest import Manifest, read_manifest
+from eqm_dist.data.publish import publish_shards
 from eqm_dist.data.shards import digits_shards
 from eqm_dist.documents import mapping_from_json
 from eqm_dist.errors import ConfigError, DataError
@@ -37,13 +39,14 @@ from eqm_dist.options import (
     to_yaml,
     with_overrides,
 )
-from eqm_dist.run_directory import CONFIG_FILE, METRICS_FILE, MLFLOW_FILE, manifest_file
-from eqm_dist.runs import runs_root
+from eqm_dist.run_directory import CONFIG_FILE, MANIFEST_FILE, METRICS_FILE, MLFLOW_FILE, manifest_file
+from eqm_dist.runs import runs_location, scratch_of
 from eqm_dist.storage.files import atomic_write, storage_errors
 from eqm_dist.storage.folder import Folder, LocalFolder
 from eqm_dist.storage.lease import hold
-from eqm_dist.storage.location import is_remote, local_path
+from eqm_dist.storage.location import Location, S3Path, is_remote, local_path
 from eqm_dist.storage.open import open_folder
+from eqm_dist.storage.remote_lease import hold_on_s3
 from eqm_dist.track.mlflow import MlflowRun, default_uri
 from eqm_dist.track.mlflow import open_run as open_mlflow_run
 from eqm_dist.train.checkpoint import step_of
@@ -59,8 +62,9 @@ def hold_run(config: Config) -> AbstractContextManager[None]:
         BusyError: another process holds it.
         StorageError: the run directory cannot be written.
     """
-    directory = runs_root(config.run.root) / config.run.name
-    return hold(directory, f"The run {config.run.name}", "choose another --run.name")
+    place = runs_location(config.run.root) / config.run.name
+    what, remedy = f"The run {config.run.name}", "choose another --run.name"
+    return hold_on_s3(place, what, remedy) if isinstance(place, S3Path) else hold(place, what, remedy)
 
 
 def open_run(config: Config) -> OpenRun:
@@ -83,11 +87,12 @@ def check_run(config: Config) -> OpenRun:
         DataError: there are no such shards.
         StorageError: the run directory cannot be written.
     """
-    root = runs_root(config.run.root)
-    directory = root / config.run.name
+    root = runs_location(config.run.root)
+    place = root / config.run.name
+    directory = scratch_of(place, required(config.run.scratch)) if isinstance(place, S3Path) else place
     opened = OpenRun(config, directory, None)
     latest = opened.checkpoints.latest()
-    begun = [_Begun(open_folder(directory), step_of(latest.name) if latest else 0)]
+    begun = [_Begun(open_folder(place), step_of(latest.name) if latest else 0)]
     mirror = build_mirror(opened)
     newer = mirror.newer() if mirror else []
     if mirror and newer:  # as on a new machine
@@ -97,7 +102,7 @@ def check_run(config: Config) -> OpenRun:
     embedded = root / "data" / "digits"
     config = _with_absolute_locations(config, root, embedded)
     if config.data.shards == str(embedded):
-        digits_shards(embedded)
+        _make_digits(embedded)
     locations, deadline_s = config.data.locations(), config.data.deadline_s
     manifests = [read_manifest(open_folder(location, deadline_s=deadline_s)) for location in locations]
     for number, (location, manifest) in enumerate(zip(locations, manifests, strict=True)):
@@ -109,9 +114,14 @@ def check_run(config: Config) -> OpenRun:
         _fetch(opened, mirror, newer)
     with storage_errors("create", directory):
         directory.mkdir(parents=True, exist_ok=True)
+    reports = opened.reports
+    if reports is not None:
+        reports.fetch()
     atomic_write(directory / CONFIG_FILE, to_yaml(config).encode())
     for number, manifest in enumerate(manifests):
         atomic_write(directory / manifest_file(number), manifest.model_dump_json(indent=1).encode())
+    if reports is not None:
+        reports.put()
     return opened
 
 
@@ -123,10 +133,26 @@ def open_record(opened: OpenRun) -> OpenRun:
         TrackingError: the tracking server does not answer, or no longer knows the run.
     """
     config = opened.config
-    return replace(opened, mlflow=_open_mlflow(config, opened.directory)) if config.track.mlflow else opened
+    if not config.track.mlflow:
+        return opened
+    recorded = replace(opened, mlflow=_open_mlflow(config, opened.directory))
+    if recorded.reports is not None:
+        recorded.reports.put()
+    return recorded
 
 
-def _with_absolute_locations(config: Config, root: Path, embedded: Path) -> Config:
+def _make_digits(embedded: Location) -> None:
+    """Write the digits where there are none yet."""
+    if isinstance(embedded, Path):
+        digits_shards(embedded)
+        return
+    if open_folder(embedded).size(MANIFEST_FILE) is None:
+        with tempfile.TemporaryDirectory() as directory:
+            digits_shards(f"{directory}/digits")
+            publish_shards(Path(directory) / "digits", str(embedded))
+
+
+def _with_absolute_locations(config: Config, root: Location, embedded: Location) -> Config:
     def absolute(location: str) -> str:
         return location if is_remote(location) else str(local_path(location))
 
@@ -137,15 +163,29 @@ def _with_absolute_locations(config: Config, root: Path, embedded: Path) -> Conf
         overrides["data.shards"] = absolute(config.data.shards or str(embedded))
     if config.checkpoint.mirror is not None:
         overrides["checkpoint.mirror"] = absolute(config.checkpoint.mirror)
+    if config.run.scratch is not None:
+        overrides["run.scratch"] = str(local_path(config.run.scratch))
     if config.data.cache_dir is not None:
         overrides["data.cache_dir"] = str(local_path(config.data.cache_dir))
     if is_file_name(config.evaluation.extractor):
         overrides["evaluation.extractor"] = str(local_path(config.evaluation.extractor))
     if config.track.mlflow and config.track.mlflow_uri is None:
-        overrides["track.mlflow_uri"] = default_uri(root)
+        overrides["track.mlflow_uri"] = default_uri(_store(config, root))
     if config.evaluation.extractor_weights is not None:
         overrides["evaluation.extractor_weights"] = str(local_path(config.evaluation.extractor_weights))
     return with_overrides(config, overrides)
+
+
+def _store(config: Config, root: Location) -> Path:
+    """The directory of an MLflow store that nobody named."""
+    if not isinstance(root, S3Path):
+        return root
+    if config.launch.launcher != "local":
+        raise ConfigError(
+            f"track.mlflow_uri must name a server that all hosts reach where run.root={root} is on s3://, for a file is"
+            " of one host alone; give it, or set track.mlflow=false."
+        )
+    return scratch_of(root, required(config.run.scratch))
 
 
 def _check_data(config: Config, manifest: Manifest, location: str) -> None:

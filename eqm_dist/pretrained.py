@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import numpy as np
@@ -32,8 +32,9 @@ from eqm_dist.models.weights import read_safetensors, read_weights
 from eqm_dist.options import Layer, flatten, given, layered, with_overrides
 from eqm_dist.precision import Precision
 from eqm_dist.run_directory import CHECKPOINTS, CONFIG_FILE, MANIFEST_FILE, METRICS_FILE, SAMPLES, picture_name
-from eqm_dist.runs import runs_root
-from eqm_dist.storage.location import local_path
+from eqm_dist.runs import runs_location, runs_root
+from eqm_dist.storage.location import Location, S3Path, to_location
+from eqm_dist.storage.open import local_copy, open_folder, open_s3
 from eqm_dist.train.checkpoint import MARKER, Checkpoints, contents_of, read_marker, read_whole, verify_file
 from eqm_dist.train.engine import WEIGHT
 from eqm_dist.train.optimizer import ema_key
@@ -67,7 +68,7 @@ class Pretrained:
     autoencoder_id: str | None = None
     autoencoder_location: str | None = None
     class_names: tuple[str, ...] = ()
-    run: Path | None = None
+    run: Location | None = None
     state: str | None = None
     own: bool = True
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -315,12 +316,12 @@ class Pretrained:
 
 
 def load(
-    location: str | Path | None = None,
+    location: str | Location | None = None,
     *,
     autoencoder: str | None = None,
     ema: float | Literal["none"] | None = None,
     overrides: Mapping[str, Any] | Sequence[Layer] = (),
-    root: str | Path | None = None,
+    root: str | Location | None = None,
 ) -> Pretrained:
     """Load EMA weights. Nothing in the files is executed.
 
@@ -328,9 +329,9 @@ def load(
     sampler, and nothing else: no extractor but digits and inception, no data, no tracking, no paths.
 
     Args:
-        location: a run directory (its newest whole checkpoint), a checkpoint, a directory of ``pipelines/export.py``,
-            or a file of weights under the official names: ``.pt`` of the official EqM or SiT code, or
-            ``.safetensors``. Of a file, sizes are read off the weights. None for the newest run in ``root``.
+        location: a run directory (its newest whole checkpoint) or a checkpoint, here or on s3://; a directory of
+            ``pipelines/export.py``; or a file of weights under the official names: ``.pt`` of the official EqM or SiT
+            code, or ``.safetensors``. Of a file, sizes are read off the weights. None for the newest run in ``root``.
         autoencoder: what decodes the latents, where the files do not say, or another place for it: ``identity``, a
             folder that diffusers wrote, or a hub id.
         ema: of a run or checkpoint, another of ``optimizer.ema_decays`` than the first, or "none" for the weights
@@ -343,10 +344,13 @@ def load(
         CheckpointError: there is nothing to load there, or it is damaged.
         ConfigError: an override that cannot be.
     """
-    runs = runs_root(None if root is None else str(root))
-    path = newest_run(runs) if location is None else local_path(location)
+    runs = runs_location(None if root is None else str(root))
+    path = newest_run(runs) if location is None else to_location(location)
     own = is_own(path, runs)
     layers = [(overrides, "the overrides")] if isinstance(overrides, Mapping) else list(overrides)
+    if isinstance(path, S3Path):
+        loaded = _checkpoint(_on_s3(path), ema, layers, own)
+        return loaded if autoencoder is None else _with_autoencoder(loaded, autoencoder)
     if ema is not None and (path.is_file() or (path / WEIGHTS_FILE).exists()):
         raise ConfigError(f"Only runs and checkpoints hold several EMAs, and {path} is neither; leave out ema.")
     if path.is_file():
@@ -363,14 +367,31 @@ def load(
             f" or a file of weights, and {path} {'is none of these' if path.exists() else 'does not exist'};"
             " correct the path, or train one with `make train`."
         )
-    if autoencoder is not None:
-        found = load_autoencoder(None if autoencoder == "identity" else autoencoder)
-        loaded = replace(loaded, autoencoder_id=found.id, autoencoder_location=found.location)
-    return loaded
+    return loaded if autoencoder is None else _with_autoencoder(loaded, autoencoder)
 
 
-def is_own(path: Path, runs: Path) -> bool:
+def _with_autoencoder(loaded: Pretrained, autoencoder: str) -> Pretrained:
+    found = load_autoencoder(None if autoencoder == "identity" else autoencoder)
+    return replace(loaded, autoencoder_id=found.id, autoencoder_location=found.location)
+
+
+def _on_s3(path: S3Path) -> S3Path:
+    """The checkpoint that is meant: itself, or the newest of a run."""
+    if open_s3(path).size(MARKER) is not None:
+        return path
+    latest = Checkpoints(path / CHECKPOINTS, keep=1).latest()
+    if latest is None:
+        raise CheckpointError(
+            f"A model on S3 must be a run with a whole checkpoint, or a checkpoint, and {path} is neither; correct the"
+            " URL, or copy an export or a file of weights here first."
+        )
+    return latest
+
+
+def is_own(path: Location, runs: Location) -> bool:
     """Whether what lies there is the user's own: in the directory of the runs, by its name or where links lead."""
+    if isinstance(path, S3Path) or isinstance(runs, S3Path):
+        return isinstance(path, S3Path) and path.is_relative_to(runs)
     return Path(os.path.normpath(path)).is_relative_to(runs) or _real(path).is_relative_to(_real(runs))
 
 
@@ -379,13 +400,13 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _within(place: Path, own: bool, *names: str | Path) -> None:
+def _within(place: Location, own: bool, *names: str | PurePath) -> None:
     """Refuse files of somebody else's model that are none, or that a link leads out of its directory for.
 
     Raises:
         CheckpointError: there is one.
     """
-    if own:
+    if own or isinstance(place, S3Path):  # which has no links
         return
     root = _real(place)
     # In the cache of the hub a snapshot is made of links to the blobs of its repository.
@@ -399,13 +420,15 @@ def _within(place: Path, own: bool, *names: str | Path) -> None:
             )
 
 
-def newest_run(root: Path | None = None) -> Path:
+def newest_run(root: Location | None = None) -> Path:
     """The run in ``root``, by default runs/ here, that was saved last: what commands take by default.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or the runs are on S3, which is not searched.
     """
     root = root or runs_root()
+    if isinstance(root, S3Path):
+        raise CheckpointError(f"Which run of {root} is the newest is not looked for on S3; name the run.")
     runs = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     markers = [latest / MARKER for run in runs if (latest := Checkpoints(run / CHECKPOINTS, keep=1).latest())]
     if not markers:
@@ -413,7 +436,7 @@ def newest_run(root: Path | None = None) -> Path:
     return max(markers, key=lambda marker: marker.stat().st_mtime).parents[2]
 
 
-def _checkpoint(path: Path, ema: float | Literal["none"] | None, layers: Sequence[Layer], own: bool) -> Pretrained:
+def _checkpoint(path: Location, ema: float | Literal["none"] | None, layers: Sequence[Layer], own: bool) -> Pretrained:
     run = path.parent.parent if path.parent.name == CHECKPOINTS else None  # else a copy that stands alone
     place = run or path
     _within(place, own, (path / MARKER).relative_to(place))
@@ -421,12 +444,13 @@ def _checkpoint(path: Path, ema: float | Literal["none"] | None, layers: Sequenc
     _within(place, own, *((path / name).relative_to(place) for name in marker["files"]))
     contents_of(path, marker)
     verify_file(path, CONFIG_FILE, marker)
-    config, refused = _config(path / CONFIG_FILE, layers, own)
+    config, refused = _config(local_copy(path, CONFIG_FILE), layers, own)
     state = WEIGHT if ema == "none" else ema_key(ema or config.optimizer.ema_decays[0])
     manifest = None
     if run is not None:
         _within(run, own, MANIFEST_FILE, METRICS_FILE, f"{SAMPLES}/{picture_name('samples', marker['step'])}")
-        manifest = read_manifest(run) if (run / MANIFEST_FILE).exists() else None
+        folder = open_folder(run)
+        manifest = read_manifest(folder) if folder.size(MANIFEST_FILE) is not None else None
     return Pretrained(
         config=config,
         weights=read_whole(path, None if ema is None else state),

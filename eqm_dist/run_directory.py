@@ -36,12 +36,16 @@ MARKER = "COMPLETE.json"
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's own list of checkpoints; it lies there because a run's directory is Ray's too (docs/decisions/0006)."""
 
+SIGN_FILE = ".root"
+"""What the driver leaves for the workers to find (``launch.shared_root``)."""
+
 REPORTS = (CONFIG_FILE, "manifest*.json", METRICS_FILE, ATTEMPTS_FILE, RESULT_FILE)
 """What a mirror copies, besides the results and pictures of steps (``is_report``), the checkpoints and
 ``MLFLOW_FILE``, of which it decides by itself."""
 OF_ONE_MACHINE = (
     MLFLOW_FILE,
     LEASE_FILE,
+    SIGN_FILE,
     RAY_SNAPSHOT,
     f"{LOGS}/*",
     f"{EVALUATIONS}/*.safetensors",

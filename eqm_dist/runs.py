@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from eqm_dist.storage.location import local_path
+from eqm_dist.storage.location import Location, S3Path, is_remote, local_path, to_location
 
 
 def runs_root(root: str | None = None) -> Path:
@@ -11,6 +11,16 @@ def runs_root(root: str | None = None) -> Path:
     if root is not None:
         return local_path(root)
     return local_path("~/eqm-dist-runs" if in_ray_job() else "runs")
+
+
+def runs_location(root: str | None = None) -> Location:
+    """As ``runs_root``, which may be on S3."""
+    return to_location(root) if root is not None and is_remote(root) else runs_root(root)
+
+
+def scratch_of(run: S3Path, scratch: str) -> Path:
+    """Where a machine works for a run on S3: SCRATCH/BUCKET/PREFIX/NAME."""
+    return local_path(scratch).joinpath(*run.parts[1:])
 
 
 def in_ray_job() -> bool:

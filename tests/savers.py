@@ -1,7 +1,10 @@
 """Ranks that do nothing but save, one step after the other, until somebody kills them."""
 
+import os
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,12 +33,15 @@ def assert_filled(run: Run, step: int) -> None:
         assert torch.equal(piece.values, values_at(step, piece.start, piece.values.numel())), piece.name
 
 
-def start_savers(world: int, opened: OpenRun, directory: Path) -> list[Any]:
+def start_savers(
+    world: int, opened: OpenRun, directory: Path, environment: Mapping[str, str] = MappingProxyType({})
+) -> list[Any]:
     """The processes of a group that meets in the directory and goes on where the newest checkpoint is; by now they
-    save."""
+    save. What they find in their environment besides is given."""
     context = forked()
     receive, send = context.Pipe(duplex=False)
-    ranks = [context.Process(target=_save_on, args=(rank, world, opened, directory, send)) for rank in range(world)]
+    arguments = world, opened, directory, dict(environment), send
+    ranks = [context.Process(target=_save_on, args=(rank, *arguments)) for rank in range(world)]
     for rank in ranks:
         rank.start()
     send.close()  # or the end of all ranks would not be the end of the pipe
@@ -44,7 +50,10 @@ def start_savers(world: int, opened: OpenRun, directory: Path) -> list[Any]:
     return ranks
 
 
-def _save_on(rank: int, world: int, opened: OpenRun, directory: Path, send: Connection) -> None:
+def _save_on(
+    rank: int, world: int, opened: OpenRun, directory: Path, environment: dict[str, str], send: Connection
+) -> None:
+    os.environ |= environment
     join_group(rank, world, directory)
     run = build_run(opened, CPU)
     if rank == 0:

@@ -5,18 +5,21 @@ python pipelines/checkpoint.py verify [RUN] [--all]                         read
 python pipelines/checkpoint.py export [RUN] [--ema DECAY] [--out DIR]   any EMA as safetensors, with a card
 python pipelines/checkpoint.py convert [RUN] [--out FILE.pt]                weights and EMA for the official code
 
-RUN is the directory of a run, of which the newest checkpoint is taken, or of a checkpoint; default: the newest run.
+RUN is the directory or s3:// prefix of a run, of which the newest checkpoint is taken, or of a checkpoint;
+default: the newest run.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from eqm_dist import cli
 from eqm_dist.errors import CheckpointError, ConfigError
-from eqm_dist.run_directory import CHECKPOINTS
+
+if TYPE_CHECKING:
+    from eqm_dist.storage.location import Location
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -50,15 +53,15 @@ def main(arguments: Sequence[str]) -> None:
     from eqm_dist import inventory
     from eqm_dist.export import export as write_export
     from eqm_dist.pretrained import load, newest_run
-    from eqm_dist.runs import runs_root
-    from eqm_dist.storage.location import local_path
+    from eqm_dist.runs import runs_location
+    from eqm_dist.storage.location import to_location
 
     root = cli.root_from(options)
-    place = local_path(options.place) if options.place else newest_run(runs_root(root))
+    place = to_location(options.place) if options.place else newest_run(runs_location(root))
     if options.action == "ls":
         print(inventory.table(inventory.entries(place)))
     elif options.action == "verify":
-        if options.all and not (place / CHECKPOINTS).exists():
+        if options.all and not inventory.is_run(place):
             raise ConfigError(f"--all has no effect on {place}, which is no run; leave it out.")
         sys.exit(_verify(inventory.checkpoints_of(place, options.all)))
     elif options.action == "export":
@@ -67,10 +70,10 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{write_export(model, Path(options.out or f'exports/{name}'))} is complete.")
     else:
         model = load(place, root=root)
-        print(f"{inventory.convert(Path(model.source), Path(options.out or f'{model.name}.pt'))} is complete.")
+        print(f"{inventory.convert(to_location(model.source), Path(options.out or f'{model.name}.pt'))} is complete.")
 
 
-def _verify(checkpoints: Sequence[Path]) -> int:
+def _verify(checkpoints: "Sequence[Location]") -> int:
     from eqm_dist.inventory import verify
 
     code = 0

@@ -1,5 +1,6 @@
 """The run in this process alone, with the plain engine and without Ray."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -16,8 +17,10 @@ def train(opened: OpenRun) -> None:
     Raises:
         KeyboardInterrupt: the user, or the system, has ended the run, which is saved.
     """
+    if opened.reports:
+        opened.reports.fetch()
     setup_logging(log_file(opened.directory, 0))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with Interrupt() as interrupt:
+    with Interrupt() as interrupt, opened.reports or nullcontext():
         run_to_end(opened, replace(build_run(opened, device), must_stop=lambda reported: interrupt.asked))
     interrupt.check()

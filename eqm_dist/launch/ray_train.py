@@ -6,8 +6,10 @@ Ray's run directory is ours. Checkpoints are written there in place and only rep
 import logging
 import math
 import os
+import shutil
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import nullcontext
@@ -33,14 +35,18 @@ from eqm_dist.launch.preemption import Preemption
 from eqm_dist.launch.ray_cluster import Offer, offer
 from eqm_dist.launch.recovery import Recovery, Setbacks
 from eqm_dist.launch.rendezvous import FileGroup
+from eqm_dist.launch.shared_root import check_signed, sign
 from eqm_dist.launch.stop import StopRequest
 from eqm_dist.launch.watchdog import Watchdog
 from eqm_dist.launch.worker import run_to_end
 from eqm_dist.logs import FileFollower, log_file, setup_logging
 from eqm_dist.options import required
-from eqm_dist.run_directory import RAY_SNAPSHOT
+from eqm_dist.run_directory import CHECKPOINTS, RAY_SNAPSHOT
+from eqm_dist.storage.location import Location
+from eqm_dist.storage.open import open_folder
 from eqm_dist.train.distributed import from_rank_zero, rank
 from eqm_dist.train.loop import Run
+from eqm_dist.train.reports import LAG_S, LOG
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +71,12 @@ def train(opened: OpenRun) -> None:
     offered = offer(required(launch.workers), required(launch.cpus_per_worker), opened.config.evaluation.cpus or 0)
     for workers in offered.sizes:
         plan_batch(opened.config, workers)
-    setbacks = Setbacks(opened.directory, required(launch.max_failures))
+    # The controller counts them, and what lists a directory spares it the import of torch.
+    steps = opened.checkpoints.steps if opened.reports else None
+    setbacks = Setbacks(opened.place, required(launch.max_failures), steps)
     stop = StopRequest()
-    with Interrupt() as interrupt, FileFollower(log_file(opened.directory, 0)):
+    log = FileFollower(open_folder(opened.place), LOG, LAG_S if opened.reports else _POLL_S)
+    with Interrupt() as interrupt, log:
         while (failure := _interruptibly(partial(_fit, opened, offered, setbacks, stop), interrupt, stop)) is not None:
             logger.warning(setbacks.another(failure))
     stop.forget()
@@ -123,10 +132,16 @@ def _fit(opened: OpenRun, offered: Offer, setbacks: Setbacks, stop: StopRequest)
     if isinstance(offered.workers, tuple):  # after the loss of a node Ray tries the old number of workers for so long
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_HEALTH_CHECK_S))
+    storage = _ray_directory(opened)
     trainer_of, group = (OneMachineTrainer, FileGroup) if on_this_machine() else (DataParallelTrainer, TorchConfig)
     trainer = trainer_of(
         _worker,
-        train_loop_config={**pack(opened), "stop": stop},
+        train_loop_config={
+            **pack(opened),
+            "stop": stop,
+            "reported": str(storage / opened.config.run.name / CHECKPOINTS),
+            "root": None if opened.reports else sign(opened.directory),
+        },
         backend_config=group(backend="nccl" if offered.use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=offered.workers,
@@ -136,15 +151,12 @@ def _fit(opened: OpenRun, offered: Offer, setbacks: Setbacks, stop: StopRequest)
         ),
         run_config=RunConfig(
             name=opened.config.run.name,
-            storage_path=str(opened.directory.parent),
+            storage_path=str(storage),
             failure_config=FailureConfig(max_failures=-1),  # Recovery decides
             callbacks=cast("Any", [Recovery(log_file(opened.directory, 0), setbacks, offered)]),
         ),
         validation_config=asynchronous_evaluation(opened, offered),
     )
-    # Ray's list of an earlier job names checkpoints that were removed since, and Ray refuses to start without them.
-    # What there is to resume from is decided by the markers alone.
-    (opened.directory / RAY_SNAPSHOT).unlink(missing_ok=True)
     try:
         trainer.fit()
     except (ray.train.TrainingFailedError, RayActorError) as error:
@@ -155,18 +167,38 @@ def _fit(opened: OpenRun, offered: Offer, setbacks: Setbacks, stop: StopRequest)
     return None
 
 
+def _ray_directory(opened: OpenRun) -> Path:
+    """Where Ray keeps its list of checkpoints, which covers one job: what there is to resume from the markers decide.
+
+    Ray's list of an earlier job names checkpoints that were removed since, and Ray refuses to start without them.
+    """
+    if opened.reports is None:
+        (opened.directory / RAY_SNAPSHOT).unlink(missing_ok=True)
+        return opened.directory.parent
+    # No host has that of another job, and none needs that of another host.
+    shutil.rmtree(opened.directory / "ray", ignore_errors=True)
+    return opened.directory / "ray" / uuid.uuid4().hex
+
+
 def _worker(packed: dict[str, Any]) -> None:
     """The training function of every worker; Ray calls it anew after each failure."""
     opened = unpack(packed)
+    if packed["root"] is not None:
+        check_signed(opened.directory, packed["root"])
+    reports = opened.reports if rank() == 0 else None
+    if reports is not None:
+        reports.fetch()
     setup_logging(log_file(opened.directory, rank()), console=False)
     deadline_s = opened.config.launch.hang_deadline_s
-    with Watchdog(rank(), deadline_s, log_file(opened.directory, 0)) if deadline_s else nullcontext() as watchdog:
-        run = build_run(opened, get_device(), partial(_report, opened))
+    watched = Watchdog(rank(), deadline_s, log_file(opened.directory, 0)) if deadline_s else nullcontext()
+    with watched as watchdog, reports or nullcontext():
+        tell_ray = partial(_report, opened, Path(packed["reported"]))
+        run = build_run(opened, get_device(), tell_ray)
         run = replace(run, must_save=Preemption(), must_stop=_AskedToStop(packed["stop"]))
         if watchdog is not None:
             run = replace(run, beat=watchdog.beat, join=watchdog.join)
         for step in from_rank_zero(_unreported(opened, run)):
-            _report(opened, run.checkpoints.path(step), step)
+            tell_ray(run.checkpoints.path(step), step)
         run_to_end(opened, run)
 
 
@@ -180,11 +212,14 @@ def _unreported(opened: OpenRun, run: Run) -> list[int]:
     return sorted({*awaited, *steps[-1:]})
 
 
-def _report(opened: OpenRun, path: Path, step: int) -> None:
-    """Enter a checkpoint that lies in the run directory already into Ray's list. A barrier."""
+def _report(opened: OpenRun, reported: Path, path: Location, step: int) -> None:
+    """Enter a checkpoint that lies where it belongs already into Ray's list, as if it were in ``reported``. A barrier.
+
+    Of one on S3 there is nothing on this machine: Ray keeps its name.
+    """
     ray.train.report(
         {"step": step},
-        checkpoint=Checkpoint.from_directory(str(path)),
+        checkpoint=Checkpoint.from_directory(str(reported / path.name)),
         checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         validation=opened.config.evaluation.asynchronous and opened.evaluations.due(step),
     )

@@ -9,7 +9,8 @@ The controller starts before the workers, which wait for it: what it imports wit
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from eqm_dist.errors import EqmDistError, LaunchError
 from eqm_dist.launch.ray_cluster import Offer
 from eqm_dist.logs import setup_logging
 from eqm_dist.run_directory import CHECKPOINTS, LOGS, whole_checkpoints
+from eqm_dist.storage.location import Location
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +44,15 @@ class Setbacks:
     Args:
         directory: of the run; a newer checkpoint in it ends a row.
         limit: failures in a row that are borne; -1 any number.
+        steps: the steps of its whole checkpoints; None: those on a file system.
     """
 
-    def __init__(self, directory: Path, limit: int) -> None:
+    def __init__(self, directory: Location, limit: int, steps: Callable[[], Iterable[int]] | None = None) -> None:
         self._directory, self._limit = directory, limit
+        if steps is None:
+            assert isinstance(directory, Path)
+            steps = partial(whole_checkpoints, directory / CHECKPOINTS)
+        self._steps = steps
         self._count, self._step = 0, -1
 
     def another(self, what: str) -> str:
@@ -54,7 +61,7 @@ class Setbacks:
         Raises:
             LaunchError: it was one too many.
         """
-        step = max(whole_checkpoints(self._directory / CHECKPOINTS), default=0)
+        step = max(self._steps(), default=0)
         self._count = 1 if step > self._step else self._count + 1
         self._step = max(step, self._step)
         if 0 <= self._limit < self._count:

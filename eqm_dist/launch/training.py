@@ -14,6 +14,7 @@ from eqm_dist.logs import setup_logging
 from eqm_dist.open_run import check_run, hold_run, open_record
 from eqm_dist.options import to_yaml
 from eqm_dist.run_directory import CHECKPOINTS, METRICS_FILE, pictures
+from eqm_dist.storage.location import Location
 from eqm_dist.text import counted, labelled
 from eqm_dist.track.mlflow import close_run, default_uri
 from eqm_dist.track.result import read_result
@@ -108,7 +109,7 @@ def _recorded(opened: OpenRun) -> Iterator[Future[OpenRun]]:
 
 
 def _closing_report(opened: OpenRun, result: dict[str, Any]) -> str:
-    metrics, directory = result["metrics"], opened.directory
+    metrics, directory = result["metrics"], opened.place
     lines = {
         "steps": f"{result['step']:,} ({result['images_seen']:,} images)",
         "final loss": f"{metrics['train/loss']:.4f}",
@@ -125,22 +126,22 @@ def _closing_report(opened: OpenRun, result: dict[str, Any]) -> str:
             f"{fid:.3f} with {metrics['eval/samples']:,.0f} samples, {fid / yardstick:.2f} times the yardstick of"
             f" {yardstick:.3f} (two halves of the real data)"
         )
-    samples = pictures(directory)
+    samples = pictures(opened.directory)
     if samples:
-        lines["samples"] = _shown(samples[-1])
+        lines["samples"] = _shown(directory / samples[-1].relative_to(opened.directory))
     lines |= {"checkpoints": _shown(directory / CHECKPOINTS), "metrics": _shown(directory / METRICS_FILE)}
     lines["run directory"] = _shown(directory)
     if opened.mlflow is not None:
-        lines["MLflow"] = _ui_command(opened.mlflow.tracking_uri, directory.parent)
+        lines["MLflow"] = _ui_command(opened.mlflow.tracking_uri)
     return "\n".join(["", f"run {result['run']} is complete", *labelled(lines, indent="  ")])
 
 
-def _shown(path: Path) -> str:
+def _shown(path: Location) -> str:
     """As short as it can be typed here."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    return str(path.relative_to(Path.cwd()) if isinstance(path, Path) and path.is_relative_to(Path.cwd()) else path)
 
 
-def _ui_command(tracking_uri: str, root: Path) -> str:
+def _ui_command(tracking_uri: str) -> str:
     if tracking_uri.startswith("http"):
         return tracking_uri
     if tracking_uri == default_uri(Path.cwd() / "runs"):

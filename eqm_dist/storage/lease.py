@@ -57,6 +57,19 @@ class Holder:
     since: str
     command: str
 
+    @classmethod
+    def of_this_process(cls) -> "Holder":
+        """A new holding."""
+        return cls(
+            uuid.uuid4().hex,
+            socket.gethostname(),
+            os.getpid(),
+            processes(),
+            started(os.getpid()) or 0.0,
+            time.strftime("%Y-%m-%d %H:%M:%S"),
+            " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200],
+        )
+
     @property
     def here(self) -> bool:
         """Whether this process can see whether it runs."""
@@ -91,15 +104,7 @@ def hold(directory: Path, what: str, remedy: str) -> Iterator[None]:
         made = [path for path in (directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
     file = directory / LEASE_FILE
-    own = Holder(
-        uuid.uuid4().hex,
-        socket.gethostname(),
-        os.getpid(),
-        processes(),
-        started(os.getpid()) or 0.0,
-        time.strftime("%Y-%m-%d %H:%M:%S"),
-        " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200],
-    )
+    own = Holder.of_this_process()
     _take(file, own, what, remedy)
     over = threading.Event()
     beats = threading.Thread(target=_beat, args=(file, own, over, what), name="lease", daemon=True)

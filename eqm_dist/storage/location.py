@@ -2,7 +2,7 @@
 
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from eqm_dist.errors import DataError
 
@@ -10,6 +10,8 @@ MOST_BYTES, MOST_NAME_BYTES = 4095, 255
 """Of a path and of each name in it, on Linux."""
 DEADLINE_S = 60.0
 """Seconds without a byte of progress after which S3 is given up, where nobody says otherwise."""
+RUN_DEADLINE_S = 120.0
+"""The same for a run on S3: longer than an endpoint takes to come back that was restarted."""
 
 
 def local_path(location: str | Path) -> Path:
@@ -47,6 +49,33 @@ def local_path(location: str | Path) -> Path:
     return found
 
 
-def is_remote(location: str | Path) -> bool:
+def is_remote(location: str | PurePosixPath | Path) -> bool:
     """Whether ``location`` is an s3:// URL."""
     return str(location).startswith("s3://")
+
+
+class S3Path(PurePosixPath):
+    """An s3:// location that is taken apart and put together as a path is; ``storage.open`` gives the folder there."""
+
+    def __str__(self) -> str:
+        return "s3://" + "/".join(self.parts[1:])
+
+    def __fspath__(self) -> str:
+        raise TypeError(f"{self} is no path of this machine")
+
+
+Location = Path | S3Path
+"""A place that has names in it: a directory, or a prefix on S3."""
+
+
+def to_location(location: str | Path | S3Path) -> Location:
+    """What an s3:// URL or a local path names.
+
+    Raises:
+        DataError: it is another URL, or no path.
+    """
+    if not is_remote(location):
+        return local_path(str(location))
+    if re.fullmatch(r"s3://[A-Za-z0-9][A-Za-z0-9._-]+(/.*)?", str(location)) is None or "/../" in f"{location}/":
+        raise DataError(f"An S3 location must be s3://BUCKET/PREFIX, received {location}; correct it.")
+    return location if isinstance(location, S3Path) else S3Path(location)

@@ -1,16 +1,17 @@
 """From a location to the folder that it names, and from a name in it to a file that is whole and here."""
 
+import functools
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from eqm_dist.storage.files import storage_errors
 from eqm_dist.storage.folder import Folder, LocalFolder
-from eqm_dist.storage.location import DEADLINE_S, is_remote
+from eqm_dist.storage.location import DEADLINE_S, RUN_DEADLINE_S, Location, S3Path, is_remote
 from eqm_dist.storage.s3 import S3Folder
 
 
-def open_folder(location: str | Path, *, deadline_s: float | None = None) -> Folder:
+def open_folder(location: str | Path | PurePosixPath, *, deadline_s: float | None = None) -> Folder:
     """The local directory or s3:// prefix that ``location`` names; it need not exist.
 
     Args:
@@ -23,8 +24,13 @@ def open_folder(location: str | Path, *, deadline_s: float | None = None) -> Fol
         StorageError: S3 is not configured.
     """
     if not is_remote(location):
-        return LocalFolder(location)
+        return LocalFolder(str(location))
     return S3Folder(str(location), DEADLINE_S if deadline_s is None else deadline_s)
+
+
+def open_s3(location: S3Path, *, deadline_s: float | None = None) -> S3Folder:
+    """As ``open_folder``, for a run on S3; by default within ``RUN_DEADLINE_S``."""
+    return S3Folder(str(location), RUN_DEADLINE_S if deadline_s is None else deadline_s)
 
 
 def open_whole(folder: Folder, name: str) -> BinaryIO:
@@ -44,3 +50,26 @@ def open_whole(folder: Folder, name: str) -> BinaryIO:
             file.close()
             raise
         return file
+
+
+def local_copy(place: Location, name: str) -> Path:
+    """A file of a place as a path of this machine: itself, or a copy that goes with this process; absent if it is.
+
+    Raises:
+        StorageError: it cannot be read, or there is no room for the copy.
+    """
+    if isinstance(place, Path):
+        return place / name
+    path = Path(_copies().name, *place.parts[1:], name)
+    folder = open_s3(place)
+    if folder.size(name) is not None:
+        with storage_errors("write", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                folder.download(name, file)
+    return path
+
+
+@functools.cache
+def _copies() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix="eqm-dist-")

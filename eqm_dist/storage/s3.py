@@ -5,14 +5,16 @@ AWS_ACCESS_KEY_ID, ..., profiles and roles. boto3 is imported with the first suc
 not wait for it.
 """
 
+import functools
 import io
 import itertools
 import os
 import random
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, BinaryIO, TypeVar
 
@@ -25,8 +27,14 @@ READ_AHEAD_BYTES = 4 << 20
 """What a file on S3 that is read piece by piece fetches with one request, at least."""
 PART_BYTES = 64 << 20
 """Larger files go to S3 in parts of this size, each of which is tried again by itself."""
+PARTS_AT_ONCE = 4
+"""Parts of one file that are on their way at once, each of which is held in memory."""
+LEAST_PART_BYTES = 5 << 20
+"""S3 takes no smaller part but the last one."""
+MOST_COPIED_BYTES = 5 << 30
+"""S3 copies no more by itself in one request."""
 LIST_PAGE = 1000
-"""Files that S3 lists in one answer, at most."""
+"""Files that S3 lists or removes in one request, at most."""
 
 T = TypeVar("T")
 
@@ -49,7 +57,7 @@ class S3Folder:
         self._deadline_s = deadline_s
         # Several attempts must fit into the deadline, though one may stall until its time is out.
         self._attempt_s = min(10.0, deadline_s / 4)
-        self._client = _s3_client(self._attempt_s)
+        self._client = _s3_client(self._attempt_s, os.getpid(), *map(os.environ.get, _SETTINGS))
 
     def __reduce__(self) -> tuple[type["S3Folder"], tuple[str, float]]:
         return S3Folder, (self.url, self._deadline_s)  # the client has connections, which stay where they are
@@ -158,20 +166,30 @@ class S3Folder:
         if len(first) < PART_BYTES:
             self.write(name, first)
             return
-        started = self._retry("write", name, lambda: self._client.create_multipart_upload(**self._key(name)))
-        place = {**self._key(name), "UploadId": started["UploadId"]}
-        parts, total = [], 0
-        try:
-            for number, part in enumerate(itertools.chain([first], iter(lambda: file.read(PART_BYTES), b"")), 1):
-                part_place = {**place, "PartNumber": number, "Body": part}
-                sent = self._retry("write", name, lambda place=part_place: self._client.upload_part(**place))
-                parts.append({"PartNumber": number, "ETag": sent["ETag"]})
-                total += len(part)
-            self._retry("write", name, lambda: self._complete(name, place, parts, total))
-        except BaseException:
-            with suppress(StorageError):  # parts that nobody completes would be stored, and paid, for ever
-                self._retry("write", name, lambda: self._client.abort_multipart_upload(**place))
-            raise
+        with self._in_parts(name) as upload:
+            for part in itertools.chain([first], iter(lambda: file.read(PART_BYTES), b"")):
+                upload.send(part)
+
+    def append(self, name: str, size: int, content: bytes) -> None:
+        """Make a file longer; S3 copies what there is by itself, so that only ``content`` moves.
+
+        Args:
+            name: of the file, which readers see as it was or with all of ``content``.
+            size: its bytes, at least ``LEAST_PART_BYTES``.
+            content: what follows them.
+
+        Raises:
+            StorageError: it cannot be written; the file stays as it was.
+        """
+        assert size >= LEAST_PART_BYTES
+        with self._in_parts(name) as upload:
+            for start, stop in _copied_ranges(size):
+                upload.copy(name, start, stop)
+            for at in range(0, len(content), PART_BYTES):
+                upload.send(content[at : at + PART_BYTES])
+
+    def _in_parts(self, name: str) -> "_Upload":
+        return _Upload(self, name)
 
     def _complete(self, name: str, place: dict[str, str], parts: Sequence[dict[str, Any]], total: int) -> None:
         try:
@@ -184,8 +202,14 @@ class S3Folder:
     def copy(self, source: Folder, name: str, new_name: str) -> None:
         """See ``Folder``. Between prefixes S3 copies by itself."""
         if isinstance(source, S3Folder):
-            place = source._key(name)
-            self._retry("write", new_name, lambda: self._client.copy_object(**self._key(new_name), CopySource=place))
+            place, size = source._key(name), source.size(name) or 0
+            if size <= MOST_COPIED_BYTES:
+                copy = functools.partial(self._client.copy_object, **self._key(new_name), CopySource=place)
+                self._retry("write", new_name, copy)
+                return
+            with self._in_parts(new_name) as upload:
+                for start, stop in _copied_ranges(size):
+                    upload.copy(name, start, stop, source)
             return
         with source.open(name) as file:
             self.upload(new_name, file)
@@ -193,6 +217,75 @@ class S3Folder:
     def remove(self, name: str) -> None:
         """See ``Folder``."""
         self._retry("remove", name, lambda: self._client.delete_object(**self._key(name)))
+
+    def remove_all(self, names: Sequence[str]) -> None:
+        """Remove files, a thousand with one request; nothing happens to those that there are not.
+
+        Raises:
+            StorageError: one cannot be removed.
+        """
+        for at in range(0, len(names), LIST_PAGE):
+            keys = [{"Key": self._prefix + name} for name in names[at : at + LIST_PAGE]]
+            batch = {"Objects": keys, "Quiet": True}
+            answer = self._retry(
+                "remove", "", lambda batch=batch: self._client.delete_objects(Bucket=self._bucket, Delete=batch)
+            )
+            for error in answer.get("Errors", []):
+                key, reason = error["Key"], error.get("Message")
+                raise StorageError(f"Cannot remove s3://{self._bucket}/{key}: {reason}; check the credentials.")
+
+    def write_if(self, name: str, content: bytes, version: str | None) -> str | None:
+        """Write a file if nobody else has since; of several that write at once one succeeds.
+
+        Args:
+            name: of the file.
+            content: its bytes, never the same twice.
+            version: what ``versioned`` or the last ``write_if`` gave; None where there must be no such file.
+
+        Returns:
+            Its version now; None where somebody else has written, or removed, it.
+
+        Raises:
+            StorageError: it cannot be written, or this S3 has no conditional writes.
+        """
+        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
+
+        def put() -> str | None:
+            try:
+                return self._client.put_object(**self._key(name), Body=content, **condition)["ETag"]
+            except self._client.exceptions.ClientError as error:
+                if _status(error) == 501:
+                    raise StorageError(
+                        f"Cannot write {self.url}/{name}: this S3 has no conditional writes (If-None-Match, If-Match),"
+                        " without which two processes cannot be kept apart; use one that has them."
+                    ) from error
+                if _status(error) not in (404, 409, 412):
+                    raise
+                if _status(error) == 404 and error.response["Error"].get("Code") != "NoSuchKey":
+                    raise  # no bucket
+            # An answer that was lost and a request that was made again must not look like somebody else.
+            found = self.versioned(name)
+            return found[1] if found is not None and found[0] == content else None
+
+        return self._retry("write", name, put)
+
+    def versioned(self, name: str) -> tuple[bytes, str] | None:
+        """The bytes of a small file, and what tells this state of it from others; None where there is none.
+
+        Raises:
+            StorageError: the storage cannot tell.
+        """
+
+        def get() -> tuple[bytes, str] | None:
+            try:
+                answer = self._client.get_object(**self._key(name))
+            except self._client.exceptions.ClientError as error:
+                if _status(error) == 404 and error.response["Error"].get("Code") == "NoSuchKey":
+                    return None
+                raise
+            return answer["Body"].read(), answer["ETag"]
+
+        return self._retry("read", name, get)
 
     def _key(self, name: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + name}
@@ -230,6 +323,67 @@ class S3Folder:
         raise AssertionError
 
 
+class _Upload:
+    """A file that is written in parts; it is there when the block has ended well, and not before."""
+
+    def __init__(self, folder: S3Folder, name: str) -> None:
+        self._folder, self._name = folder, name
+        self._threads = ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="part")
+        self._sent: deque[Future[str]] = deque()
+        self._parts: list[dict[str, Any]] = []
+        self._total = 0
+
+    def send(self, content: bytes) -> None:
+        """The next part; waits while ``PARTS_AT_ONCE`` are on their way."""
+        self._add(len(content), lambda place: self._client.upload_part(**place, Body=content)["ETag"])
+
+    def copy(self, name: str, start: int, stop: int, source: S3Folder | None = None) -> None:
+        """The bytes [start, stop) of a file that is on S3 already as the next part."""
+        origin = {"CopySource": (source or self._folder)._key(name), "CopySourceRange": f"bytes={start}-{stop - 1}"}
+
+        def copied(place: dict[str, Any]) -> str:
+            return self._client.upload_part_copy(**place, **origin)["CopyPartResult"]["ETag"]
+
+        self._add(stop - start, copied)
+
+    def _add(self, size: int, request: Callable[[dict[str, Any]], str]) -> None:
+        place = {**self._place, "PartNumber": len(self._parts) + len(self._sent) + 1}
+        self._total += size
+        self._sent.append(self._threads.submit(self._retry, lambda: request(place)))
+        if len(self._sent) == PARTS_AT_ONCE:
+            self._take()
+
+    def _take(self) -> None:
+        self._parts.append({"PartNumber": len(self._parts) + 1, "ETag": self._sent.popleft().result()})
+
+    def __enter__(self) -> "_Upload":
+        self._client = self._folder._client
+        self._retry = functools.partial(self._folder._retry, "write", self._name)
+        key = self._folder._key(self._name)
+        self._place = {**key, "UploadId": self._retry(lambda: self._client.create_multipart_upload(**key))["UploadId"]}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                while self._sent:
+                    self._take()
+                self._retry(lambda: self._folder._complete(self._name, self._place, self._parts, self._total))
+                return
+        except BaseException:
+            self._abort()
+            raise
+        finally:
+            self._threads.shutdown(cancel_futures=True)
+        self._abort()
+
+    def _abort(self) -> None:
+        """Parts that nobody completes would be stored, and paid, for ever."""
+        self._threads.shutdown(cancel_futures=True)
+        with suppress(StorageError):
+            self._retry(lambda: self._client.abort_multipart_upload(**self._place))
+
+
 class _S3File(io.RawIOBase):
     """An object on S3 as a file to read; each read is one request, so it wants a buffer."""
 
@@ -255,7 +409,21 @@ class _S3File(io.RawIOBase):
         return len(content)
 
 
-def _s3_client(attempt_s: float) -> Any:
+_SETTINGS = (
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_PROFILE",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+)
+
+
+@functools.lru_cache(maxsize=16)
+def _s3_client(attempt_s: float, *_: object) -> Any:
+    """A client, which takes a tenth of a second to make; the same for the same process and ``_SETTINGS``."""
     from boto3.session import Session
     from botocore.config import Config
 
@@ -275,6 +443,13 @@ def _s3_client(attempt_s: float) -> Any:
         raise StorageError(
             f"S3 cannot be used: {error}; check AWS_ENDPOINT_URL, AWS_REGION and AWS_PROFILE."
         ) from error
+
+
+def _copied_ranges(size: int) -> Iterator[tuple[int, int]]:
+    """Equal parts, none of which is too large to be copied, and none too small for a part."""
+    parts = -(-size // MOST_COPIED_BYTES)
+    for number in range(parts):
+        yield size * number // parts, size * (number + 1) // parts
 
 
 def _status(error: Exception) -> int:

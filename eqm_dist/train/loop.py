@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -103,7 +103,7 @@ class Run:
     engine: Engine
     loader: Loader
     schedule: LearningRateSchedule
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints[Any]
     saver: Saver
     evaluate: Evaluation | None
     tracker: Tracker | None

@@ -42,7 +42,9 @@ class Mirror:
         DataError: ``location`` is another kind of URL.
     """
 
-    def __init__(self, location: str, directory: Path, checkpoints: Checkpoints, deadline_s: float | None) -> None:
+    def __init__(
+        self, location: str, directory: Path, checkpoints: Checkpoints[Path], deadline_s: float | None
+    ) -> None:
         self.reports: Folder = open_folder(location, deadline_s=deadline_s)
         self._places: Folder = open_folder(f"{location}/{CHECKPOINTS}", deadline_s=deadline_s)
         self._directory = directory

@@ -17,12 +17,14 @@ import shutil
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,8 +32,10 @@ from torch import Tensor
 from eqm_dist.errors import EqmDistError, StorageError
 from eqm_dist.run_directory import CONFIG_FILE
 from eqm_dist.storage.files import atomic_write, fsync_directory, storage_errors, whole_file
-from eqm_dist.train.checkpoint import EMA_FILE, FORMAT, MARKER, Checkpoints, fill, read_pieces, remove
-from eqm_dist.train.distributed import background_group, from_rank_zero, gather_objects, rank, world_size
+from eqm_dist.storage.location import Location, S3Path
+from eqm_dist.storage.open import open_folder, open_s3
+from eqm_dist.train.checkpoint import EMA_FILE, FORMAT, MARKER, Checkpoints, agreed, clear, fill, read_pieces, remove
+from eqm_dist.train.distributed import background_group, gather_objects, rank, world_size
 from eqm_dist.train.engine import Engine, Fragment
 from eqm_dist.train.state import TrainState
 
@@ -43,6 +47,12 @@ LONG_WAIT_S = 1.0
 LAST_WAIT_S = 120.0
 """A run that ends with an error waits at most so long for its save: the rank that it agrees with may be gone."""
 
+AHEAD = 8
+"""Parameters of the EMA that are read from S3 at once."""
+
+S = TypeVar("S")
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
 
@@ -52,27 +62,36 @@ class Saver:
     As a context it waits, however the block ends, for what is being written.
 
     Args:
-        checkpoints: where they go.
+        checkpoints: where they go; on S3, each rank's files are written to ``staging`` first and put there from it.
         engine: holds the state.
         ema_state: the EMA that is exported whole.
         config: the run's config as YAML, kept beside every checkpoint.
         max_failed: saves in a row that may fail before the run ends.
+        staging: directory of this machine for what is on its way to S3; None where checkpoints are not there.
+        deadline_s: how long S3 may fail before a save is given up.
+        before_marker: called on rank 0 in the background when all but the marker is there.
         on_whole: called on rank 0 in the background with each checkpoint that is whole; must return at once.
         on_checkpoint: called on every rank, in the training thread, with path and step of a whole checkpoint.
     """
 
     def __init__(
         self,
-        checkpoints: Checkpoints,
+        checkpoints: Checkpoints[Any],
         engine: Engine,
         *,
         ema_state: str,
         config: str,
         max_failed: int,
-        on_whole: Callable[[Path], None] = lambda path: None,
-        on_checkpoint: Callable[[Path, int], None] = lambda path, step: None,
+        staging: Path | None = None,
+        deadline_s: float | None = None,
+        before_marker: Callable[[], None] = lambda: None,
+        on_whole: Callable[[Any], None] = lambda path: None,
+        on_checkpoint: Callable[[Any, int], None] = lambda path, step: None,
     ) -> None:
         self._checkpoints = checkpoints
+        self._staging = staging
+        self._deadline_s = deadline_s
+        self._before_marker = before_marker
         self._engine = engine
         self._ema_state = ema_state
         self._config = config
@@ -171,8 +190,11 @@ class Saver:
         self.wait(LAST_WAIT_S)
 
     def _final(self, failure: StorageError) -> StorageError:
-        latest = from_rank_zero(self._checkpoints.latest())
-        good = f"the last good checkpoint is {latest}" if latest else "there is no earlier checkpoint"
+        try:
+            latest = agreed(self._checkpoints.latest)
+            good = f"the last good checkpoint is {latest}" if latest else "there is no earlier checkpoint"
+        except StorageError:
+            good = f"the last good checkpoint is the newest whole one in {self._checkpoints.directory}"
         return StorageError(f"{failure} Nothing was lost: {good}.")
 
     def _begin_copy(self) -> "Future[None]":
@@ -204,15 +226,19 @@ class Saver:
     def _save(self, step: int, state: dict[str, Any], copying: "Future[None]") -> StorageError | None:
         """Write a checkpoint from the copy; what went wrong, the same on every rank, or None."""
         began, path = time.perf_counter(), self._checkpoints.path(step)
+        here = path if self._staging is None else self._staging / path.name
         copying.result()
         try:
-            self._together(step, lambda: _clear(path))
-            files = self._together(step, lambda: self._write_own(path))
-            self._together(step, lambda: self._complete(path, state, files))
+            self._together(step, lambda: _clear(here, path))
+            files = self._together(step, lambda: self._deliver(self._write_own(here), here, path))
+            self._together(step, lambda: self._complete(here, path, state, files))
         except StorageError as error:
             if rank() == 0:
-                remove(path)
+                remove(here)
             return error
+        finally:
+            if here != path:
+                self._leave(here)
         if rank() == 0:
             seconds = time.perf_counter() - began
             logger.info("saved step %s in %.1f s, of which training waited %.2f s | %s/%s", f"{step:,}", seconds,
@@ -235,42 +261,74 @@ class Saver:
                 raise StorageError(f"Saving step {step:,} failed on rank {at}: {failure}")
         return {name: record for part in outcomes for name, record in part.items()}
 
-    def _write_own(self, path: Path) -> dict[str, Any]:
+    @property
+    def _own_file(self) -> str:
+        return f"state-{rank():04d}-of-{1 if self._engine.replicated else world_size():04d}.safetensors"
+
+    def _write_own(self, here: Path) -> dict[str, Any]:
         """This rank's file, if it has one; returns its record."""
         if self._engine.replicated and rank() > 0:
             return {}
-        with storage_errors("create", path):
-            path.mkdir(parents=True, exist_ok=True)
-        writers = 1 if self._engine.replicated else world_size()
+        with storage_errors("create", here):
+            here.mkdir(parents=True, exist_ok=True)
         shapes = {key: values.shape for key, values in self._host.items()}
-        return write_tensors(path / f"state-{rank():04d}-of-{writers:04d}.safetensors", shapes, self._host.values())
+        return write_tensors(here / self._own_file, shapes, self._host.values())
 
-    def _complete(self, path: Path, state: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
+    def _deliver(self, files: dict[str, Any], here: Path, path: Location) -> dict[str, Any]:
+        """Put files that are written here where they belong; returns their records."""
+        if isinstance(path, S3Path):
+            folder = open_s3(path, deadline_s=self._deadline_s)
+            for name in files:
+                with storage_errors("read", here / name), (here / name).open("rb") as file:
+                    folder.upload(name, file)
+        return files
+
+    def _leave(self, here: Path) -> None:
+        """Nothing of a save stays on this machine that is on S3, or failed."""
+        with suppress(OSError):
+            if rank() == 0:
+                shutil.rmtree(here, ignore_errors=True)
+            else:
+                (here / self._own_file).unlink(missing_ok=True)
+                here.rmdir()
+
+    def _complete(self, here: Path, path: Location, state: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
         """What makes the ranks' files a checkpoint: the whole EMA, the config, and the marker, last."""
         if rank() > 0:
             return {}
         shapes = {**{name: values.shape for name, values in self._engine.frozen.items()}, **self._engine.shapes}
-        ema = write_tensors(path / EMA_FILE, shapes, self._ema(path, list(files)))
+        ema = write_tensors(here / EMA_FILE, shapes, self._ema(here, path, list(files)))
         content = self._config.encode()
-        atomic_write(path / CONFIG_FILE, content)
+        atomic_write(here / CONFIG_FILE, content)
         config = {CONFIG_FILE: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+        self._deliver(ema | config, here, path)
         marker = {"format": FORMAT, "step": state["step"], "world_size": world_size(), "state": state,
                   "files": files | ema | config}  # fmt: skip
-        atomic_write(path / MARKER, json.dumps(marker, indent=1).encode())
+        self._before_marker()
+        open_folder(path, deadline_s=self._deadline_s).write(MARKER, json.dumps(marker, indent=1).encode())
         return {}
 
-    def _ema(self, path: Path, files: Sequence[str]) -> Iterator[Tensor]:
+    def _ema(self, here: Path, path: Location, files: Sequence[str]) -> Iterator[Tensor]:
         """The EMA model, one parameter after the other, from the files of all ranks."""
         yield from self._engine.frozen.values()
-        with storage_errors("read", path):
-            pieces = read_pieces(path, files)
-            for name, shape in self._engine.shapes.items():
-                whole = Fragment(name, self._ema_state, 0, torch.empty(shape.numel()))
-                filled = fill(whole, pieces[self._ema_state, name])
-                assert filled == shape.numel(), f"{filled} of {shape.numel()} elements of {name}"
-                yield whole.values.view(shape)
+        with storage_errors("read", str(path)):
+            if here == path:
+                pieces = read_pieces(here, files)
+            else:  # what other ranks wrote lies on their machines, and on S3
+                pieces = read_pieces(path, [name for name in files if name != self._own_file])
+                for key, parts in read_pieces(here, [self._own_file]).items():
+                    pieces[key] = sorted([*pieces[key], *parts], key=lambda piece: piece.start)
 
-    def _tidy(self, path: Path) -> None:
+            def whole(name: str) -> Tensor:
+                shape = self._engine.shapes[name]
+                found = Fragment(name, self._ema_state, 0, torch.empty(shape.numel()))
+                filled = fill(found, pieces[self._ema_state, name])
+                assert filled == shape.numel(), f"{filled} of {shape.numel()} elements of {name}"
+                return found.values.view(shape)
+
+            yield from map(whole, self._engine.shapes) if here == path else ahead(whole, self._engine.shapes, AHEAD)
+
+    def _tidy(self, path: Location) -> None:
         """What a new checkpoint brings with it; it is whole, whatever happens here."""
         try:
             self._on_whole(path)
@@ -322,12 +380,26 @@ def _be_nice() -> None:
         os.setpriority(os.PRIO_PROCESS, thread, min(niceness, 19))
 
 
-def _clear(path: Path) -> dict[str, Any]:
+def _clear(here: Path, path: Location) -> dict[str, Any]:
     """Room for a checkpoint: what an attempt that was killed has left goes; whole ones are never rewritten."""
     if rank() == 0:
-        with storage_errors("create", path):
-            if path.exists():
-                shutil.rmtree(path)
-            path.mkdir(parents=True)
-        fsync_directory(path.parent)  # the marker's sync does not cover the name of its directory
+        with storage_errors("create", here):
+            if here.exists():
+                shutil.rmtree(here)
+            here.mkdir(parents=True)
+        fsync_directory(here.parent)  # the marker's sync does not cover the name of its directory
+        if isinstance(path, S3Path):
+            clear(path)
     return {}
+
+
+def ahead(work: Callable[[S], T], items: Iterable[S], number: int) -> Iterator[T]:
+    """The results of work on each item, in order, by so many threads, which are no further ahead than their number."""
+    waiting: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(number, "ahead") as threads:
+        for item in items:
+            waiting.append(threads.submit(work, item))
+            if len(waiting) > number:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

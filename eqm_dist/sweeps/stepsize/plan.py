@@ -54,7 +54,8 @@ class Plan:
     @property
     def root(self) -> Path:
         """The directory of the runs, the model among them if it is one."""
-        return self.model.run.parent if self.model.run and self.model.own else runs_root()
+        run = self.model.run
+        return run.parent if isinstance(run, Path) and self.model.own else runs_root()
 
     @property
     def study(self) -> str:
