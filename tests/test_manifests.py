@@ -37,7 +37,9 @@ SCRIPTS = [CLUSTER / "own_ray.sh", *sorted((CLUSTER / "slurm").glob("*.sbatch"))
 KUBERNETES_VERSION = "1.34"
 IN_IMAGE = "/opt/eqm-dist/"
 PINS = dict(
-    line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")
+    line.split("==")
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if line and not line.startswith("#")
 )
 
 of_every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
