@@ -154,8 +154,8 @@ def goodput(interval_s: float, stall_s: float, save_s: float, restart_s: float, 
     """The part of the time that goes into steps that count.
 
     Failures come at random (exponential). Every ``interval_s`` of steps the run stalls for ``stall_s``, and that save
-    is whole ``save_s`` later, while steps go on. A failure costs ``restart_s``, in which another may come, and all since
-    the newest whole save. Exact, by what a stretch without a failure leaves whole; with ``save_s`` of 0 it is Daly's
+    is whole ``save_s`` later, while steps go on. A failure costs ``restart_s``, in which another may come, and all
+    since the newest whole save. Exact, by what a stretch without a failure leaves whole; with ``save_s`` of 0 it is Daly's
     form of 2006.
 
     Args:
