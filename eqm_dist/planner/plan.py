@@ -153,10 +153,9 @@ def plan(work: Work, gpu: Gpu, failure_hours: float, price: tuple[float, float] 
 def goodput(interval_s: float, stall_s: float, save_s: float, restart_s: float, between_s: float) -> float:
     """The part of the time that goes into steps that count.
 
-    Failures come at random (exponential). Every ``interval_s`` of steps the run stalls for ``stall_s``, and that save
-    is whole ``save_s`` later, while steps go on. A failure costs ``restart_s``, in which another may come, and all
-    since the newest whole save. Exact, by what a stretch without a failure leaves whole; with ``save_s`` of 0 it is Daly's
-    form of 2006.
+    Failures come at random (exponential). Every ``interval_s`` of steps the run stalls for ``stall_s``; that save is
+    whole ``save_s`` later, while steps go on. A failure costs ``restart_s``, in which another may come, and all steps
+    since the newest whole save. Exact; with ``save_s`` of 0 it is Daly's form of 2006.
 
     Args:
         interval_s: of steps between two saves.
