@@ -5,10 +5,13 @@ No cluster is started. Where kubectl is found, the overlays are built as ``kubec
 
 import copy
 import json
+import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -369,6 +372,47 @@ def test_mlflow_takes_the_options_with_which_it_is_served() -> None:
             assert f'"{flag}"' in text, flag
         assert "*" not in given["--allowed-hosts"].split(",")
         assert "mlflow:5000" in given["--allowed-hosts"].split(",")
+
+
+ASK = """
+import json, os, sys, urllib.error, urllib.request
+import ray
+
+def status(port, path):
+    try:
+        return urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=20).status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+base = int(sys.argv[1])
+ports = {8265: base + 7, 52365: base + 3}
+ray.init(log_to_driver=False, logging_level="ERROR")
+answers = [status(ports[port], path) for port, path in json.loads(sys.argv[2])]
+print("answers", json.dumps([*answers, status(ports[8265], "/api/jobs/"), os.environ["RAY_ADDRESS"]]))
+sys.exit(7)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_ray_of_its_own_answers_the_probes_refuses_the_rest_and_ends(tmp_path: Path) -> None:
+    (cluster,) = documents((KUBERNETES / "base" / "cluster.yaml").read_text())
+    asked = [part["httpGet"] for part in mappings(cluster) if "httpGet" in part]
+    probes = sorted({(probe["port"], probe["path"]) for probe in asked})
+    token = tmp_path / "token"
+    token.write_text("7" * 64)
+    base = 20_000 + os.getpid() % 150 * 200
+    done = subprocess.run(
+        [CLUSTER / "own_ray.sh", "0", "1", "127.0.0.1", str(base), "--num-cpus", "1",
+         "--object-store-memory", "100000000", "--", sys.executable, "-c", ASK, str(base), json.dumps(probes)],
+        env={**os.environ, "RAY_AUTH_TOKEN_PATH": str(token), "TMPDIR": str(tmp_path)},
+        capture_output=True, text=True, timeout=250,
+    )  # fmt: skip
+    assert done.returncode == 7, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("answers ")]
+    assert json.loads(line.removeprefix("answers ")) == [200] * len(probes) + [401, f"127.0.0.1:{base}"]
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", base), timeout=5)
 
 
 # --- scripts ---

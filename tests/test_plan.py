@@ -188,6 +188,16 @@ def test_what_does_not_fit_is_said_with_what_would() -> None:
     assert run("--preset", "eqm-xl2", "--gpus", "1", *flags.split())["fits"]
 
 
+def test_what_the_plan_does_not_count_is_said() -> None:
+    found = run("--preset", "eqm-b2", "--objective.energy", "dot")
+    assert found["sentences"][0].startswith("An explicit energy is trained by a double backward, whose time and memory")
+    (uneven,) = run("--preset", "eqm-b2", "--gpus", "24")["sentences"]
+    assert uneven == "256 images do not divide by 24 GPUs: some wait for those with more."
+    few = run("--preset", "eqm-b2", "--failure-hours", "1")
+    assert few["goodput"] < 0.8
+    assert re.search(r"is lost to failures; save every [\d,]+ steps \(--checkpoint.every\)", few["sentences"][0])
+
+
 def test_every_remedy_is_found_where_it_is_the_only_one() -> None:
     tight = replace(GPUS["h100"], memory=1.0)
     assert memory.remedy(XL.on(8), tight) is None
@@ -239,6 +249,7 @@ def test_a_price_is_taken_and_multiplied() -> None:
         ("--price -1", "Argument --price: must be a number of at least 0, got -1"),
         ("--failure-hours 0", "Argument --failure-hours: must be a positive number of hours, got 0"),
         ("--gpu h800 --spot", "--spot has no effect with --gpu h800, of which no such price is known; give --price."),
+        ("--gpus 2 --launcher local", "--launch.launcher local is one process with one GPU; leave it out, or plan"),
         ("--preset eqm-xl2 --gpus 512", "512 GPUs cannot share a batch of 256 images; lower --gpus, or raise"),
         ("--train.steps few", "train.steps: should be a valid integer"),
     ],

@@ -69,6 +69,9 @@ def main(arguments: Sequence[str]) -> None:
     if gpus > MOST_GPUS:
         raise ConfigError(f"--gpus must be at most {MOST_GPUS:,}, got {gpus:,}.")
 
+    if config.launch.launcher == "local" and (gpus > 1 or options.table):
+        raise ConfigError("--launch.launcher local is one process with one GPU; leave it out, or plan for --gpus 1.")
+
     first = Work.of(config, 1)
     if options.table:
         plans = table([first.on(size, images) for size in SIZES], gpu, options.failure_hours, price)

@@ -23,6 +23,7 @@ class Work:
         micro: most images of one pass of a worker; None for all that it has.
         stage: of ZeRO; 0 also for the plain engine.
         moment_bytes: of an image as the shards hold it.
+        energy: whether an explicit energy is trained, by a double backward.
     """
 
     parameters: int
@@ -49,6 +50,7 @@ class Work:
     guided: bool
     sampling_batch: int
     moment_bytes: int
+    energy: bool
 
     @classmethod
     def of(cls, config: Config, gpus: int) -> Self:
@@ -69,6 +71,7 @@ class Work:
             "num_classes": config.data.num_classes,
             "qk_norm_size": width // heads if config.model.qk_norm else 0,
         }
+        energy = config.objective.energy not in (None, "none")
         plain = config.launch.launcher == "local" or config.engine.kind == "torch"
         work = cls(
             parameters=parameter_count(**counted),
@@ -87,7 +90,7 @@ class Work:
             offload=config.engine.offload == "cpu",
             checkpointing=config.train.activation_checkpointing,
             precision=config.train.precision,
-            compiled=config.train.compile != "never" and config.engine.zero_stage != 3,
+            compiled=config.train.compile != "never" and config.engine.zero_stage != 3 and not energy,
             emas=len(config.optimizer.ema_decays),
             steps=config.train.steps,
             save_every=config.checkpoint.every,
@@ -96,6 +99,7 @@ class Work:
             sampling_batch=config.evaluation.batch,
             # Means and deviations of the latents, float16, and those of the mirrored image (docs/data.md).
             moment_bytes=2 * 2 * channels * side**2 * (2 if config.data.flip else 1),
+            energy=energy,
         )
         work.check()
         return work

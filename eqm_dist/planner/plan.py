@@ -98,6 +98,11 @@ class Plan:
                 f"Of the time {1 - self.goodput:.0%} is lost to failures; save every"
                 f" {max(1, round(self.best_interval_s / self.step_s)):,} steps (--checkpoint.every)."
             )
+        if self.work.energy:
+            said.append(
+                "An explicit energy is trained by a double backward, whose time and memory are not in this plan: expect"
+                " more than twice (benchmarks/bench_energy.py)."
+            )
         if self.work.gpus % 8 and self.work.gpus > 8:
             said.append(f"{self.work.gpus:,} GPUs are no whole number of nodes of 8.")
         if self.work.batch % self.work.gpus:
