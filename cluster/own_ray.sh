@@ -8,6 +8,10 @@
 # BASE_PORT from which on 200 ports are free on all nodes. The command runs on rank 0, and its exit code is rank 0's.
 set -euo pipefail
 
+if (($# < 6)) || [[ " $* " != *" -- "* ]]; then
+  echo "error: own_ray.sh takes RANK NODES HEAD BASE_PORT RAY_START_OPTIONS... -- COMMAND..., got: $*" >&2
+  exit 2
+fi
 rank=$1 nodes=$2 head=$3 base=$4
 shift 4
 options=()
@@ -40,7 +44,12 @@ if ((rank > 0)); then
   ray=$!
   trap end EXIT
   trap 'exit 143' TERM
-  wait "$ray" || true # it ends when the head has gone
+  # Ray itself would wait for a minute for a head that has gone.
+  missed=0
+  while kill -0 "$ray" 2>/dev/null && ((missed < 5)); do
+    sleep 2
+    if (exec 3<>"/dev/tcp/$head/$base") 2>/dev/null; then missed=0; else missed=$((missed + 1)); fi
+  done
   exit 0
 fi
 
