@@ -13,6 +13,7 @@ from eqm_dist import __version__
 COMMANDS = {
     "prepare-shards": "turn images into shards, which training reads",
     "train-classifier": "train a classifier whose features an FID compares",
+    "plan": "say what a run on N GPUs takes: memory, days and money",
     "train": "train a model, or resume its training",
     "checkpoint": "list, verify, export and convert the checkpoints of a run",
     "sample": "draw images from a trained model",

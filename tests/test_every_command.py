@@ -59,6 +59,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path) -> Path:
 
 LOCAL = ["--launcher", "local"]
 CHEAP: dict[str, list[list[str]]] = {
+    "plan": [["--spot", "--json"]],
     "train": [["--dry-run"]],
     "sample": [[*LOCAL, "--samples", "2", "--out", "o1"]],
     "evaluate": [[*LOCAL, "--samples", "4", "--cache", "none", "--metrics", "fid,kid", "--kid-subset-size", "3"]],
