@@ -72,7 +72,7 @@ class Work:
             "qk_norm_size": width // heads if config.model.qk_norm else 0,
         }
         energy = config.objective.energy not in (None, "none")
-        plain = config.launch.launcher == "local" or config.engine.kind == "torch"
+        stage = None if config.launch.launcher == "local" else config.engine.stage(max(2, gpus))  # planned for several
         work = cls(
             parameters=parameter_count(**counted),
             trained=parameter_count(**counted, trainable_only=True),
@@ -85,8 +85,8 @@ class Work:
             gpus=gpus,
             batch=config.train.global_batch,
             micro=config.train.micro_batch,
-            stage=config.engine.zero_stage or 0,
-            plain=plain,
+            stage=stage or 0,
+            plain=stage is None,
             offload=config.engine.offload == "cpu",
             checkpointing=config.train.activation_checkpointing,
             precision=config.train.precision,

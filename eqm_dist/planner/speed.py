@@ -16,7 +16,7 @@ from eqm_dist.planner.memory import BUCKET_VALUES
 from eqm_dist.planner.model import Work
 
 # Bytes that elementwise kernels move, by the value of the tokens in a block, forward and backward: 983 and 1,949 MB of
-# XL/2 at 32 images, counted (benchmarks/results/step_counts_*.json) less the casts of the weights, 6 bytes a weight and
+# XL/2 at 32 images, counted (benchmarks/results/counts_*.json) less the casts of the weights, 6 bytes a weight and
 # pass. Compiled: 1.42 GB in all, derived, in the same proportion.
 EAGER, COMPILED = (104.2, 206.5), (40.3, 79.9)
 CAST = 6
