@@ -105,12 +105,10 @@ def test_a_clock_that_is_set_does_not_make_a_living_holder_a_dead_one(
             take(tmp_path)
 
 
-@pytest.mark.usefixtures("short_lease")
-def test_another_machine_or_container_of_the_same_name_is_not_looked_for_here(tmp_path: Path) -> None:
-    """Containers on the network of their machine have its name and processes of their own."""
-    file, over = of_another_machine(tmp_path), threading.Event()
-    holder = Holder(**json.loads(file.read_text()))
-    file.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(holder, host=socket.gethostname()))))
+@contextmanager
+def living(file: Path) -> Iterator[None]:
+    """A holder elsewhere that gives its signs of life."""
+    over = threading.Event()
 
     def live() -> None:
         while not over.wait(0.1):
@@ -119,11 +117,20 @@ def test_another_machine_or_container_of_the_same_name_is_not_looked_for_here(tm
     thread = threading.Thread(target=live)
     thread.start()
     try:
-        with pytest.raises(BusyError, match="held by process 7"):
-            take(tmp_path)
+        yield
     finally:
         over.set()
         thread.join()
+
+
+@pytest.mark.usefixtures("short_lease")
+def test_another_machine_or_container_of_the_same_name_is_not_looked_for_here(tmp_path: Path) -> None:
+    """Containers on the network of their machine have its name and processes of their own."""
+    file = of_another_machine(tmp_path)
+    holder = Holder(**json.loads(file.read_text()))
+    file.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(holder, host=socket.gethostname()))))
+    with living(file), pytest.raises(BusyError, match="held by process 7"):
+        take(tmp_path)
 
 
 def test_a_process_that_ended_and_that_nobody_asked_for_holds_nothing(tmp_path: Path) -> None:
@@ -145,20 +152,9 @@ def test_a_holder_elsewhere_that_gives_no_sign_of_life_is_dead(
 
 @pytest.mark.usefixtures("short_lease")
 def test_a_holder_elsewhere_that_lives_is_not_disturbed(tmp_path: Path) -> None:
-    file, over = of_another_machine(tmp_path), threading.Event()
-
-    def live() -> None:
-        while not over.wait(0.1):
-            os.utime(file)
-
-    thread = threading.Thread(target=live)
-    thread.start()
-    try:
-        with pytest.raises(BusyError, match="held by process 7 on elsewhere"):
-            take(tmp_path)
-    finally:
-        over.set()
-        thread.join()
+    file = of_another_machine(tmp_path)
+    with living(file), pytest.raises(BusyError, match="held by process 7 on elsewhere"):
+        take(tmp_path)
     assert json.loads(file.read_text())["host"] == "elsewhere"
 
 
