@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, assert_never
@@ -96,6 +96,10 @@ class OpenRun:
     config: Config
     directory: Path
     mlflow: MlflowRun | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it was made of; what it has opened since, such as threads and connections, stays where it is."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @cached_property
     def place(self) -> Location:

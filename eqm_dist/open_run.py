@@ -122,7 +122,7 @@ def check_run(config: Config) -> OpenRun:
         atomic_write(directory / manifest_file(number), manifest.model_dump_json(indent=1).encode())
     if reports is not None:
         reports.put()
-    return OpenRun(config, directory, None)  # which pickles: it has opened nothing yet
+    return opened
 
 
 def open_record(opened: OpenRun) -> OpenRun:
@@ -136,8 +136,8 @@ def open_record(opened: OpenRun) -> OpenRun:
     if not config.track.mlflow:
         return opened
     recorded = replace(opened, mlflow=_open_mlflow(config, opened.directory))
-    if (reports := replace(recorded).reports) is not None:
-        reports.put()
+    if recorded.reports is not None:
+        recorded.reports.put()
     return recorded
 
 
